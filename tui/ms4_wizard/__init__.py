@@ -1,0 +1,1 @@
+"""The terminal wizard that writes an ms4 project."""

@@ -1,0 +1,108 @@
+"""The command `ms4`: one thin subcommand a stage, and `resume`, `summary`, `schema`.
+
+Exit codes: 0 done, 1 an unexpected error (a bug: traceback), 2 something that the user can mend
+(one message, no traceback), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import ms4
+from ms4 import config, lock
+from ms4.errors import Ms4Error
+
+STAGE_MODULES: dict[str, str] = {
+    "fetch": "ms4.weights.hub",
+    "descale": "ms4.weights.convert",
+    "verify": "ms4.weights.verify",
+    "preprocess": "ms4.data.dataset",
+    "plan": "ms4.plan",
+    "train": "ms4.train.loop",
+    "evaluate": "ms4.evaluate.compare",
+    "deliver": "ms4.report.card",
+}
+"""Stage → module with `run_stage(config)`. Imported on demand: some need torch."""
+
+STAGE_HELP = {
+    "fetch": "fetch the weights from a hub or a local directory",
+    "descale": "turn FP8 weights with scales into the base that is trained on",
+    "verify": "check the base against the model's table and the source",
+    "preprocess": "turn conversations into packed tokens and loss masks",
+    "plan": "compute the memory that the run takes and check it against the budget",
+    "train": "train the adapters",
+    "evaluate": "compare the untuned and the tuned model on the held-out sets",
+    "deliver": "write the report, the model card and the run record",
+}
+
+
+def run_stage(stage: str, configuration: config.RunConfig) -> None:
+    """Run one stage in the current directory, under its lock.
+
+    Raises:
+        Ms4Error: bad input, or another process runs the same stage here.
+    """
+    try:
+        module = importlib.import_module(STAGE_MODULES[stage])
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "ms4":
+            raise
+        raise Ms4Error(
+            f"`ms4 {stage}` needs {error.name}, which is not installed: pip install 'ms4[train]'"
+        ) from error
+    with lock.hold(stage):
+        module.run_stage(configuration)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, stages first."""
+    parser = argparse.ArgumentParser(prog="ms4", description=ms4.__doc__)
+    parser.add_argument("--version", action="version", version=f"ms4 {ms4.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for stage in config.STAGES:
+        command = commands.add_parser(stage, help=STAGE_HELP[stage])
+        command.add_argument(
+            "--config",
+            type=Path,
+            default=Path("config/config.yaml"),
+            metavar="FILE",
+            help="configuration file (default: config/config.yaml)",
+        )
+    resume = commands.add_parser(
+        "resume", help="go on after a kill: wait for what still runs, unlock, run Snakemake"
+    )
+    resume.add_argument("directory", type=Path, nargs="?", default=Path("."), metavar="DIR")
+    resume.add_argument("--profile", default="local", help="Snakemake profile (default: local)")
+    commands.add_parser("summary", help="print the evaluation table and where the report is")
+    commands.add_parser("schema", help="print the JSON schema of the configuration")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        match arguments.command:
+            case "schema":
+                sys.stdout.write(config.json_schema())
+            case "resume":
+                from ms4.resume import resume
+
+                return resume(arguments.directory, arguments.profile)
+            case "summary":
+                from ms4.report.table import print_summary
+
+                print_summary(Path("."))
+            case stage:
+                run_stage(stage, config.load(arguments.config))
+    except Ms4Error as error:
+        print(f"ms4 {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"ms4 {arguments.command}: interrupted; the same command goes on.", file=sys.stderr)
+        return 130
+    return 0

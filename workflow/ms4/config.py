@@ -1,0 +1,401 @@
+"""The configuration of a run: one typed tree, loaded, checked and dumped here.
+
+Every field has a docstring (with its unit) and a default where one makes sense.
+An unknown key is an error. No torch here: the wizard and the planner import it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ms4.errors import Ms4Error
+from ms4.manifest import sha256_json
+
+Stage = Literal[
+    "fetch", "descale", "verify", "preprocess", "plan", "train", "evaluate", "deliver"
+]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+Effort = Literal["none", "high"]
+"""What `[MODEL_SETTINGS]{"reasoning_effort": …}` may say to this model."""
+EFFORTS: tuple[Effort, ...] = get_args(Effort)
+
+Target = Literal["attention", "shared", "experts"]
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are refused, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSection(Section):
+    """Which weights, and how they are held."""
+
+    source: str = Field(default="mistralai/Mistral-Small-4-119B-2603", min_length=1)
+    """Hub id (`owner/name`), a local directory in the HF layout, or `tiny`: the built-in
+    2-million-parameter model, made on the spot in a few minutes, for trying the pipeline."""
+
+    revision: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+    """Commit, tag or branch on the hub; the commit that it stood for is recorded.
+    None: the main branch. Not for local directories."""
+
+    experts: Literal["nf4", "bf16"] = "nf4"
+    """How the routed experts are held in memory: `nf4` (4.13 bits a weight) or `bf16`."""
+
+    softmax_scale: Literal["plain", "yarn"] = "plain"
+    """Attention's softmax scale: `plain` is 1/sqrt(head dimension), as the published params.json
+    and vLLM have it; `yarn` multiplies it by yarn's mscale squared, as some versions of
+    transformers do."""
+
+
+class DataSection(Section):
+    """Which conversations, and how they become tokens."""
+
+    train: tuple[str, ...] = Field(min_length=1)
+    """JSONL files of OpenAI messages to train on; relative to the project's directory."""
+
+    test: dict[Name, str] = Field(default_factory=dict)
+    """Held-out sets by name: JSONL files of the same form, never trained on."""
+
+    reasoning: Literal["none", "high", "per_sample"] = "per_sample"
+    """Reasoning effort of the training samples: one for all, or each sample's own
+    `reasoning_effort` field (without one: `high` if it holds thinking, else `none`)."""
+
+    sequence_length: int = Field(default=2048, ge=16, le=1_048_576)
+    """Tokens in a packed sequence; no sample may be longer."""
+
+    too_long: Literal["error", "drop"] = "error"
+    """What to do with a training sample of more than `sequence_length` tokens."""
+
+
+class AdaptersSection(Section):
+    """What is trained when `method` is `lora`."""
+
+    targets: tuple[Target, ...] = Field(default=("attention", "shared"), min_length=1)
+    """`attention`: the five MLA projections; `shared`: the shared experts' three projections;
+    `experts`: all routed experts."""
+
+    rank: int = Field(default=32, ge=1, le=512)
+    """Rank of each adapter."""
+
+    alpha: float = Field(default=64.0, gt=0, le=4096)
+    """LoRA alpha: adapters are scaled by alpha / rank."""
+
+
+class TrainSection(Section):
+    """The optimization."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; None: as many as `epochs` takes."""
+
+    epochs: float = Field(default=1.0, gt=0, le=1000)
+    """Passes over the training data, if `steps` is not given."""
+
+    micro_batch: int = Field(default=1, ge=1, le=4096)
+    """Packed sequences in one forward pass."""
+
+    accumulation: int = Field(default=8, ge=1, le=65536)
+    """Forward passes in one optimizer step; their loss is normalized over trained tokens."""
+
+    learning_rate: float = Field(default=1e-4, gt=0, le=1)
+    """Peak learning rate of AdamW."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after warm-up: to 0 along a cosine or a line, or not at all."""
+
+    warmup: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises linearly."""
+
+    weight_decay: float = Field(default=0.0, ge=0, le=1)
+    """AdamW's decoupled weight decay."""
+
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this global L2 norm."""
+
+    gradient_checkpointing: bool = True
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
+
+    loss_chunk: int = Field(default=1024, ge=1)
+    """Tokens whose logits are held at once by the chunked cross-entropy."""
+
+    checkpoint_every: int = Field(default=50, ge=1)
+    """Optimizer steps between checkpoints; the last two are kept."""
+
+
+class EvaluateSection(Section):
+    """The comparison of the untuned and the tuned model on the held-out sets."""
+
+    efforts: tuple[Effort, ...] = Field(default=EFFORTS, min_length=1)
+    """Reasoning efforts in which each held-out set is evaluated."""
+
+    max_samples: int = Field(default=200, ge=1)
+    """Samples of each held-out set, the first ones, that are evaluated."""
+
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Tokens that a generated answer, thinking included, may have."""
+
+    batch: int = Field(default=8, ge=1)
+    """Answers generated at once."""
+
+    min_exact_match: dict[Name, float] = Field(default_factory=dict)
+    """Held-out set → share of exact answers (0 to 1) that the tuned model must reach in each
+    effort for the verdict to be `pass`."""
+
+
+class RunSection(Section):
+    """The machine that the torch stages use."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: the first CUDA device if there is one, else the CPU."""
+
+    threads: int | None = Field(default=None, ge=1, le=1024)
+    """CPU threads; None: all cores of the job. A bit-identical rerun needs the same number."""
+
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Memory budget in GiB of the device that trains (GPU memory, or RAM on the CPU);
+    None: what the device has."""
+
+
+class RunConfig(Section):
+    """Everything that decides the result of a run."""
+
+    method: Literal["lora", "full"] = "lora"
+    """`lora`: adapters over a frozen base (QLoRA when the experts are in nf4); `full`: all weights
+    (planned, not runnable yet)."""
+
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of initialization, data order and sampling."""
+
+    model: ModelSection = ModelSection()
+    """Which weights, and how they are held."""
+
+    data: DataSection
+    """Which conversations, and how they become tokens."""
+
+    adapters: AdaptersSection = AdaptersSection()
+    """What is trained when `method` is `lora`."""
+
+    train: TrainSection = TrainSection()
+    """The optimization."""
+
+    evaluate: EvaluateSection = EvaluateSection()
+    """The comparison of the untuned and the tuned model on the held-out sets."""
+
+    run: RunSection = RunSection()
+    """The machine that the torch stages use."""
+
+    @model_validator(mode="after")
+    def _check_across_fields(self) -> RunConfig:
+        faults = []
+        if self.method == "full":
+            faults.append("method: `full` does not run in this version; use `lora`")
+        if self.model.source == "tiny" and self.model.revision is not None:
+            faults.append("model.revision: the tiny model has none; remove it")
+        if len(set(self.adapters.targets)) != len(self.adapters.targets):
+            faults.append("adapters.targets: names a target twice")
+        unknown = sorted(set(self.evaluate.min_exact_match) - set(self.data.test))
+        if unknown:
+            faults.append(
+                f"evaluate.min_exact_match: no held-out set is called {', '.join(unknown)}; "
+                f"data.test has {', '.join(self.data.test) or 'none'}"
+            )
+        for name, share in self.evaluate.min_exact_match.items():
+            if not 0 <= share <= 1:
+                faults.append(f"evaluate.min_exact_match.{name}: {share} is not between 0 and 1")
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+    def data_files(self) -> tuple[str, ...]:
+        """All data files, training files first."""
+        return (*self.data.train, *self.data.test.values())
+
+    def part(self, stage: Stage) -> dict[str, Any]:
+        """The fields that decide what `stage` makes, beyond the outputs of the stages before it."""
+        tree = self.model_dump(mode="json")
+        wanted: dict[Stage, tuple[str, ...]] = {
+            # The tiny model is made from the seed and depends on the thread count.
+            "fetch": ("model.source", "model.revision")
+            + (("seed", "run.threads") if self.model.source == "tiny" else ()),
+            "descale": ("model.experts", "model.softmax_scale"),
+            "verify": (),
+            "preprocess": ("seed", "data"),
+            "plan": ("method", "model.experts", "data.sequence_length", "adapters", "train", "run"),
+            "train": ("method", "seed", "adapters", "train", "run.device", "run.threads"),
+            "evaluate": ("evaluate", "run.device", "run.threads"),
+            "deliver": (),
+        }
+        part: dict[str, Any] = {}
+        for key in wanted[stage]:
+            value: Any = tree
+            for name in key.split("."):
+                value = value[name]
+            part[key] = value
+        return part
+
+    def part_hash(self, stage: Stage) -> str:
+        """Hash of `part(stage)`: it changes exactly when the stage must run again."""
+        return sha256_json(self.part(stage))
+
+    def resolve_source(self) -> Path | None:
+        """The local directory that `model.source` names, or None if it is a hub id or `tiny`."""
+        source = self.model.source
+        if source == "tiny":
+            return None
+        path = Path(source).expanduser()
+        looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
+        return path if looks_local or path.is_dir() else None
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, but a key given twice is an error and not the last one's value."""
+
+
+def _mapping_without_duplicates(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} is not text", key_node.start_mark
+            )
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {key!r} is given twice", key_node.start_mark
+            )
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(
+    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates
+)
+
+
+def _line_of(root: yaml.Node | None, location: tuple[int | str, ...]) -> int | None:
+    """The line (from 1) of the deepest node on the way to `location`, or None."""
+    line, node = None, root
+    for name in location:
+        if isinstance(node, yaml.MappingNode):
+            for key_node, value_node in node.value:
+                if key_node.value == name:
+                    line, node = key_node.start_mark.line + 1, value_node
+                    break
+            else:
+                return line
+        elif isinstance(node, yaml.SequenceNode) and isinstance(name, int):
+            if name >= len(node.value):
+                return line
+            node = node.value[name]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that the section at `location` may have."""
+    model: Any = RunConfig
+    for name in location:
+        field = model.model_fields.get(name) if isinstance(name, str) else None
+        model = field.annotation if field is not None else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return []
+    return list(model.model_fields)
+
+
+def _describe(error: ValidationError, where: str, root: yaml.Node | None) -> str:
+    """One line a fault: file, line, field, what is wrong, what to do."""
+    lines = []
+    for fault in error.errors():
+        location = fault["loc"]
+        line = _line_of(root, location)
+        place = f"{where}:{line}" if line is not None else where
+        field = ".".join(str(part) for part in location)
+        if fault["type"] == "extra_forbidden":
+            known = _known_keys(location[:-1])
+            close = difflib.get_close_matches(str(location[-1]), known, n=1)
+            advice = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+            lines.append(f"{place}: {field}: unknown key; {advice}")
+        elif fault["type"] == "missing":
+            lines.append(f"{place}: {field}: is missing; add it")
+        elif fault["type"] == "value_error" and not location:
+            lines.extend(f"{place}: {text}" for text in str(fault["ctx"]["error"]).splitlines())
+        else:
+            lines.append(f"{place}: {field}: {fault['msg']} (it is {_short(fault['input'])})")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def check(values: Mapping[str, Any], where: str, root: yaml.Node | None = None) -> RunConfig:
+    """Check plain values and return the configuration.
+
+    Args:
+        values: the tree, as read from YAML or JSON.
+        where: what error messages call it: a file's name.
+        root: the YAML nodes that `values` came from, for line numbers.
+
+    Raises:
+        Ms4Error: names every field that is wrong.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise Ms4Error(_describe(error, where, root)) from error
+
+
+def load(path: Path) -> RunConfig:
+    """Read and check a configuration file (YAML; JSON is a subset of it).
+
+    Raises:
+        Ms4Error: the file cannot be read or parsed, or a field is wrong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise Ms4Error(f"{path}: no such configuration file.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise Ms4Error(f"{path}: cannot be read ({error}).") from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise Ms4Error(f"{path}: not valid YAML: {_yaml_fault(error)}") from error
+    if not isinstance(values, dict):
+        raise Ms4Error(f"{path}: holds no configuration; it must be a mapping of keys to values.")
+    return check(values, str(path), root)
+
+
+def _yaml_fault(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error)
+    return f"line {mark.line + 1}: {problem}" if mark is not None else str(problem)
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as YAML, every field written out; `load` gives it back."""
+    return yaml.safe_dump(
+        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    )
+
+
+def json_schema() -> str:
+    """The JSON schema of a configuration file, as committed in `config/schema.json`."""
+    schema = RunConfig.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "ms4 configuration"
+    return json.dumps(schema, indent=2) + "\n"

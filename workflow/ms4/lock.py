@@ -1,0 +1,174 @@
+"""One writer for a stage's files: a lock that dies with its process.
+
+Two layers. `flock` is released by the kernel when the process ends, however it ends.
+Some Lustre, GPFS and NFS mounts grant it to everyone without a word, so an owner file
+made by exclusive creation stands beside it: host, process, start time, Slurm job, and
+a heartbeat. An owner on this host is alive if its process is; one on another host
+is alive while its heartbeat moves.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from ms4.errors import Ms4Error
+
+LOCKS = Path("locks")
+HEARTBEAT_S = 10.0
+"""Seconds between two touches of the owner file."""
+STALE_S = 60.0
+"""An owner on another host whose file was not touched for so many seconds is dead."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock."""
+
+    stage: str
+    host: str
+    pid: int
+    started: float
+    """Start of the process, seconds since the epoch: tells a reused process id."""
+    slurm_job: str | None
+
+    def __str__(self) -> str:
+        job = f", Slurm job {self.slurm_job}" if self.slurm_job else ""
+        return f"`ms4 {self.stage}` (process {self.pid} on {self.host}{job})"
+
+
+def _this_process(stage: str) -> Owner:
+    return Owner(
+        stage=stage,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        started=psutil.Process().create_time(),
+        slurm_job=os.environ.get("SLURM_JOB_ID"),
+    )
+
+
+def _process_lives(owner: Owner) -> bool:
+    try:
+        process = psutil.Process(owner.pid)
+        # Boot-time rounding moves create_time by up to a clock tick between calls.
+        return (
+            abs(process.create_time() - owner.started) < 2
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _seconds_since_touch(path: Path) -> float:
+    """Age of `path` by the file system's own clock, which may differ from this host's."""
+    probe = path.with_name(f".clock.{os.getpid()}.{threading.get_ident()}")
+    probe.touch()
+    try:
+        return probe.stat().st_mtime - path.stat().st_mtime
+    finally:
+        probe.unlink()
+
+
+def read_owner(path: Path) -> Owner | None:
+    """The owner that the file names, or None if there is none or it was cut short by a kill."""
+    try:
+        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+
+
+def is_alive(path: Path, owner: Owner) -> bool:
+    """Whether the owner that `path` names still runs."""
+    if owner.host == socket.gethostname():
+        return _process_lives(owner)
+    try:
+        return _seconds_since_touch(path) < STALE_S
+    except FileNotFoundError:
+        return False
+
+
+def live_owners(root: Path) -> list[Owner]:
+    """The stages that run in the project at `root` now."""
+    found = []
+    for path in sorted((root / LOCKS).glob("*.owner")):
+        owner = read_owner(path)
+        if owner is not None and is_alive(path, owner):
+            found.append(owner)
+    return found
+
+
+@contextmanager
+def hold(stage: str) -> Iterator[None]:
+    """Hold the lock of `stage` in the current project directory.
+
+    Raises:
+        Ms4Error: another process holds it; nothing was touched.
+    """
+    LOCKS.mkdir(exist_ok=True)
+    owner_path = LOCKS / f"{stage}.owner"
+    with (LOCKS / f"{stage}.lock").open("a") as lock_file:
+        try:
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _held(read_owner(owner_path), stage) from None
+        _claim(owner_path, stage)
+        stop = threading.Event()
+        heartbeat = threading.Thread(target=_beat, args=(owner_path, stop), daemon=True)
+        heartbeat.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            heartbeat.join()
+            owner_path.unlink(missing_ok=True)
+
+
+def _claim(path: Path, stage: str) -> None:
+    """Put our owner file in place by exclusive creation; a dead owner's is taken away first."""
+    mine = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    mine.write_text(json.dumps(asdict(_this_process(stage))), encoding="utf-8")
+    try:
+        for _ in range(2):
+            try:
+                os.link(mine, path)  # atomic on NFS too, unlike O_EXCL of old
+                return
+            except FileExistsError:
+                other = read_owner(path)
+                if other is not None and is_alive(path, other):
+                    raise _held(other, stage) from None
+                path.unlink(missing_ok=True)
+        raise _held(read_owner(path), stage)
+    finally:
+        mine.unlink(missing_ok=True)
+
+
+def _held(owner: Owner | None, stage: str) -> Ms4Error:
+    return Ms4Error(
+        f"{owner or f'another `ms4 {stage}`'} is at work in {Path.cwd()}; two writers would destroy "
+        f"each other's files. Run `ms4 resume {Path.cwd()}`, which waits for it and goes on."
+    )
+
+
+def _beat(path: Path, stop: threading.Event) -> None:
+    while not stop.wait(HEARTBEAT_S):
+        try:
+            os.utime(path)
+        except FileNotFoundError:
+            return
+
+
+def wait_until_free(root: Path, poll_s: float = 1.0) -> Iterator[list[Owner]]:
+    """Yield the live owners of the project's locks every `poll_s` seconds until there is none."""
+    while owners := live_owners(root):
+        yield owners
+        time.sleep(poll_s)
