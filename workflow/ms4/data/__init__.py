@@ -1,0 +1,1 @@
+"""From conversations in JSONL to packed token ids and loss masks. No torch here."""
