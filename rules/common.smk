@@ -35,9 +35,11 @@ if workflow.is_main_process and workflow.resource_settings.nodes is not None:
     # Started inside a Slurm job (an interactive allocation, say), the jobs that are submitted
     # from here would inherit its sizes. The plugin cleans that up as well, but only after its
     # thread that waits for jobs has started, which can leave Snakemake hanging. A job's own
-    # Snakemake (it is not the main process) needs these variables for srun.
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        del os.environ[name]
+    # Snakemake is not the main process: it needs these variables for srun.
+    if "SLURM_JOB_ID" in os.environ:
+        for name in [name for name in os.environ if name.startswith("SLURM_")]:
+            if name != "SLURM_CONF":  # where the cluster is, and not what the job is
+                del os.environ[name]
 
 TINY = CONFIG.model.source == "tiny"
 

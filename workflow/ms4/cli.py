@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
+import re
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TextIO
 
 import ms4
 from ms4 import config, lock
@@ -40,21 +45,75 @@ STAGE_HELP = {
 }
 
 
+LOGS = Path("logs")
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class _Tee(io.TextIOBase):
+    """Writes to a stream and, without its terminal escapes, to a log."""
+
+    def __init__(self, stream: TextIO, log: TextIO) -> None:
+        self._stream, self._log = stream, log
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        self._log.write(_ESCAPES.sub("", text))
+        self._log.flush()
+        return self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+
+@contextmanager
+def _logged(stage: str) -> Iterator[None]:
+    """Keep what the stage prints, and how it fails, in `logs/STAGE.log`, one try after the other.
+
+    The rules declare that file. `ms4` writes it and not a `| tee` in the shell line: Slurm ends a
+    job by SIGTERM to all of its processes, and a stage must outlive its reader to save its work.
+    """
+    LOGS.mkdir(exist_ok=True)
+    with (
+        (LOGS / f"{stage}.log").open("a", encoding="utf-8") as log,
+        redirect_stdout(_Tee(sys.stdout, log)),
+        redirect_stderr(_Tee(sys.stderr, log)),
+    ):
+        try:
+            yield
+        except Ms4Error as error:
+            log.write(f"ms4 {stage}: {error}\n")
+            raise
+        except Exception:
+            traceback.print_exc(file=log)
+            raise
+
+
 def run_stage(stage: str, configuration: config.RunConfig) -> None:
     """Run one stage in the current directory, under its lock.
 
     Raises:
         Ms4Error: bad input, or another process runs the same stage here.
     """
-    try:
-        module = importlib.import_module(STAGE_MODULES[stage])
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "ms4":
-            raise
-        raise Ms4Error(
-            f"`ms4 {stage}` needs {error.name}, which is not installed: pip install 'ms4[train]'"
-        ) from error
-    with lock.hold(stage):
+    # The lock comes before the import: `ms4 resume` sees at once that the stage is at work.
+    with _logged(stage), lock.hold(stage):
+        try:
+            module = importlib.import_module(STAGE_MODULES[stage])
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] == "ms4":
+                raise
+            raise Ms4Error(
+                f"`ms4 {stage}` needs {error.name}, which is not installed: "
+                "pip install 'ms4[train]'"
+            ) from error
         module.run_stage(configuration)
 
 
@@ -75,7 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     resume = commands.add_parser(
         "resume", help="go on after a kill: wait for what still runs, unlock, run Snakemake"
     )
-    resume.add_argument("directory", type=Path, nargs="?", default=Path("."), metavar="DIR")
+    resume.add_argument("directory", type=Path, nargs="?", default=Path(), metavar="DIR")
     resume.add_argument("--profile", default="local", help="Snakemake profile (default: local)")
     commands.add_parser("summary", help="print the evaluation table and where the report is")
     commands.add_parser("schema", help="print the JSON schema of the configuration")
@@ -96,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case "summary":
                 from ms4.report.table import print_summary
 
-                print_summary(Path("."))
+                print_summary(Path())
             case stage:
                 run_stage(stage, config.load(arguments.config))
     except Ms4Error as error:
