@@ -18,9 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ms4.errors import Ms4Error
 from ms4.manifest import sha256_json
 
-Stage = Literal[
-    "fetch", "descale", "verify", "preprocess", "plan", "train", "evaluate", "deliver"
-]
+Stage = Literal["fetch", "descale", "verify", "preprocess", "plan", "train", "evaluate", "deliver"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 Effort = Literal["none", "high"]
@@ -35,7 +33,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")]
 class Section(BaseModel):
     """A part of the configuration: unknown keys are refused, values are immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelSection(Section):
@@ -264,7 +264,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _mapping_without_duplicates(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(
                 None, None, f"the key {key!r} is not text", key_node.start_mark
@@ -317,8 +317,13 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
 def _describe(error: ValidationError, where: str, root: yaml.Node | None) -> str:
     """One line a fault: file, line, field, what is wrong, what to do."""
     lines = []
-    for fault in error.errors():
+    faults = error.errors()
+    for fault in faults:
         location = fault["loc"]
+        if fault["type"] == "too_short" and any(
+            other["loc"][:-1] == location for other in faults if len(other["loc"]) > len(location)
+        ):
+            continue  # it was long enough, and its wrong items are named
         line = _line_of(root, location)
         place = f"{where}:{line}" if line is not None else where
         field = ".".join(str(part) for part in location)
@@ -372,7 +377,7 @@ def load(path: Path) -> RunConfig:
         raise Ms4Error(f"{path}: cannot be read ({error}).") from error
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.load(text, Loader=_UniqueKeyLoader)
+        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - it is a SafeLoader
     except yaml.YAMLError as error:
         raise Ms4Error(f"{path}: not valid YAML: {_yaml_fault(error)}") from error
     if not isinstance(values, dict):
@@ -383,13 +388,30 @@ def load(path: Path) -> RunConfig:
 def _yaml_fault(error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error)
-    return f"line {mark.line + 1}: {problem}" if mark is not None else str(problem)
+    problem = " ".join(str(problem).split())
+    return f"line {mark.line + 1}: {problem}" if mark is not None else problem
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML's safe dumper, mended for U+0085: it would fold text there, and not give it back."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = '"' if "\x85" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def dump(config: RunConfig) -> str:
     """The configuration as YAML, every field written out; `load` gives it back."""
-    return yaml.safe_dump(
-        config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100
+    return yaml.dump(
+        config.model_dump(mode="json"),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=100,
     )
 
 

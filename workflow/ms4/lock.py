@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -146,16 +146,34 @@ def _claim(path: Path, stage: str) -> None:
                 other = read_owner(path)
                 if other is not None and is_alive(path, other):
                     raise _held(other, stage) from None
-                path.unlink(missing_ok=True)
+                _take_away(path, other, stage)
         raise _held(read_owner(path), stage)
     finally:
         mine.unlink(missing_ok=True)
 
 
+def _take_away(path: Path, dead: Owner | None, stage: str) -> None:
+    """Remove a dead owner's file, and not that of someone who was quicker to take its place."""
+    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.dead")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    try:
+        owner = read_owner(aside)
+        if owner != dead:
+            with suppress(FileExistsError):
+                os.link(aside, path)
+            raise _held(owner, stage)
+    finally:
+        aside.unlink()
+
+
 def _held(owner: Owner | None, stage: str) -> Ms4Error:
+    here = Path.cwd()
     return Ms4Error(
-        f"{owner or f'another `ms4 {stage}`'} is at work in {Path.cwd()}; two writers would destroy "
-        f"each other's files. Run `ms4 resume {Path.cwd()}`, which waits for it and goes on."
+        f"{owner or f'another `ms4 {stage}`'} is at work in {here}; two writers would destroy each "
+        f"other's files. Run `ms4 resume {here}`, which waits for it and goes on."
     )
 
 

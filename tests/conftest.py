@@ -1,0 +1,107 @@
+"""Fixtures of several test files: a project made of the pipeline's files, and processes in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from tests.commands import CHECKOUT
+
+from ms4 import config
+
+
+@pytest.fixture
+def demo_values() -> dict[str, Any]:
+    """The demo's configuration as plain values; each test gets its own."""
+    return config.load(CHECKOUT / "config/config.yaml").model_dump(mode="json")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project as the checkout's root is one: pipeline files, the demo's configuration, data."""
+    root = tmp_path / "project"
+    root.mkdir()
+    shutil.copy(CHECKOUT / "Snakefile", root)
+    for name in ("rules", "profiles", "config"):
+        shutil.copytree(CHECKOUT / name, root / name)
+    for name in ("local", "slurm"):
+        (root / name).symlink_to((CHECKOUT / name).readlink())
+    for name in config.load(CHECKOUT / "config/config.yaml").data_files():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(_conversation(path.stem, number) for number in range(4)))
+    return root
+
+
+def _conversation(name: str, number: int) -> str:
+    turns = [
+        {"role": "user", "content": f"{name} {number}"},
+        {"role": "assistant", "content": f"{number} {name}"},
+    ]
+    return json.dumps({"messages": turns, "reasoning_effort": "none"}) + "\n"
+
+
+@pytest.fixture
+def edit() -> Callable[[Path, Callable[[dict[str, Any]], object]], None]:
+    """Change a project's configuration by a function of its plain values."""
+
+    def change(root: Path, how: Callable[[dict[str, Any]], object]) -> None:
+        path = root / "config/config.yaml"
+        values = config.load(path).model_dump(mode="json")
+        how(values)
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+
+    return change
+
+
+def _kill_all_in(directories: set[Path]) -> None:
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and Path(process.cwd()) in directories:
+                process.kill()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start a command under `tmp_path`; when the test ends, it and its orphans are gone."""
+    started: list[subprocess.Popen[str]] = []
+    directories: set[Path] = set()
+
+    def start_command(
+        *command: str | Path,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ) -> subprocess.Popen[str]:
+        assert cwd.resolve().is_relative_to(tmp_path.resolve())
+        with open(log, "w") if log else open(os.devnull, "w") as output:  # noqa: PTH123
+            process = subprocess.Popen(
+                [str(part) for part in command],
+                cwd=cwd,
+                env=env,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        started.append(process)
+        directories.add(cwd.resolve())
+        return process
+
+    yield start_command
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+    _kill_all_in(directories)

@@ -1,0 +1,445 @@
+"""The configuration: what is accepted, every message for what is not, and what reruns."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel
+from tests.commands import CHECKOUT
+
+from ms4 import config
+from ms4.errors import Ms4Error
+
+MINIMAL = "data: {train: [a.jsonl]}\n"
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path("c.yaml")
+
+
+def load(file: Path, text: str) -> config.RunConfig:
+    file.write_text(text, encoding="utf-8")
+    return config.load(file)
+
+
+def refusal(file: Path, text: str) -> str:
+    with pytest.raises(Ms4Error) as caught:
+        load(file, text)
+    return str(caught.value)
+
+
+# What is accepted.
+
+
+def test_minimal(file: Path) -> None:
+    loaded = load(file, MINIMAL)
+    assert loaded.data.train == ("a.jsonl",)
+    assert loaded.model.source == "mistralai/Mistral-Small-4-119B-2603"
+    assert loaded == config.RunConfig(data=config.DataSection(train=("a.jsonl",)))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("6e-5", 6e-5), ("4E-3", 4e-3), ("1.0e-4", 1e-4), ("0.5", 0.5), ("1", 1.0)]
+)
+def test_numbers_that_pyyaml_reads_as_text(file: Path, text: str, value: float) -> None:
+    loaded = load(file, MINIMAL + f"train: {{learning_rate: {text}}}\n")
+    assert loaded.train.learning_rate == value
+    assert isinstance(loaded.train.learning_rate, float)
+
+
+def test_json_is_read_too(file: Path) -> None:
+    assert load(file, '{"data": {"train": ["a.jsonl"]}, "seed": 3}').seed == 3
+
+
+def test_every_error_at_once(file: Path) -> None:
+    text = "sed: 1\ndata:\n  train: []\nmodel:\n  experts: int8\n"
+    assert len(refusal(file, text).splitlines()) == 3
+
+
+def test_values_are_immutable(file: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(file, MINIMAL).seed = 4
+
+
+# What is not.
+
+
+REFUSED = [
+    # unknown keys: a suggestion, or what is known
+    ("sed: 1\n" + MINIMAL, "c.yaml:1: sed: unknown key; did you mean `seed`?"),
+    (
+        MINIMAL + "zzzzz: 1\n",
+        "c.yaml:2: zzzzz: unknown key; known: method, seed, model, data, adapters, train, "
+        "evaluate, run",
+    ),
+    (
+        MINIMAL + "train:\n  steps: 5\n  learning_rat: 0.1\n",
+        "c.yaml:4: train.learning_rat: unknown key; did you mean `learning_rate`?",
+    ),
+    (
+        MINIMAL + "adapters: {lora_dropout: 0}\n",
+        "c.yaml:2: adapters.lora_dropout: unknown key; known: targets, rank, alpha",
+    ),
+    # missing
+    ("seed: 1\n", "c.yaml: data: is missing; add it"),
+    ("data: {}\n", "c.yaml:1: data.train: is missing; add it"),
+    # wrong types
+    (
+        MINIMAL + "seed: many\n",
+        "c.yaml:2: seed: Input should be a valid integer, unable to parse string as an integer "
+        "(it is 'many')",
+    ),
+    (
+        "data: {train: a.jsonl}\n",
+        "c.yaml:1: data.train: Input should be a valid tuple (it is 'a.jsonl')",
+    ),
+    (
+        "data:\n  train:\n    - a.jsonl\n    - 7\n",
+        "c.yaml:4: data.train.1: Input should be a valid string (it is 7)",
+    ),
+    (
+        MINIMAL + "model: tiny\n",
+        "c.yaml:2: model: Input should be a valid dictionary or instance of ModelSection "
+        "(it is 'tiny')",
+    ),
+    (
+        MINIMAL + "train: {steps: 1.5}\n",
+        "c.yaml:2: train.steps: Input should be a valid integer, got a number with a fractional "
+        "part (it is 1.5)",
+    ),
+    # choices
+    (
+        MINIMAL + "model: {experts: int8}\n",
+        "c.yaml:2: model.experts: Input should be 'nf4' or 'bf16' (it is 'int8')",
+    ),
+    (
+        MINIMAL + "evaluate: {efforts: [none, low]}\n",
+        "c.yaml:2: evaluate.efforts.1: Input should be 'none' or 'high' (it is 'low')",
+    ),
+    (
+        MINIMAL + "adapters: {targets: [router]}\n",
+        "c.yaml:2: adapters.targets.0: Input should be 'attention', 'shared' or 'experts' "
+        "(it is 'router')",
+    ),
+    # out of range
+    (
+        MINIMAL + "seed: -1\n",
+        "c.yaml:2: seed: Input should be greater than or equal to 0 (it is -1)",
+    ),
+    (MINIMAL + "seed: 4294967296\n", "c.yaml:2: seed: Input should be less than 4294967296"),
+    (
+        MINIMAL + "train: {learning_rate: 0}\n",
+        "c.yaml:2: train.learning_rate: Input should be greater than 0 (it is 0)",
+    ),
+    (
+        MINIMAL + "train: {learning_rate: .nan}\n",
+        "c.yaml:2: train.learning_rate: Input should be a finite number (it is nan)",
+    ),
+    (
+        MINIMAL + "train: {max_grad_norm: .inf}\n",
+        "c.yaml:2: train.max_grad_norm: Input should be a finite number (it is inf)",
+    ),
+    (
+        "data: {train: [b], test: {a: a}}\nevaluate: {min_exact_match: {a: .nan}}\n",
+        "c.yaml:2: evaluate.min_exact_match.a: Input should be a finite number (it is nan)",
+    ),
+    (
+        MINIMAL + "adapters: {targets: []}\n",
+        "c.yaml:2: adapters.targets: Tuple should have at least 1",
+    ),
+    ("data: {train: []}\n", "c.yaml:1: data.train: Tuple should have at least 1 item"),
+    ("data: {train: [a], test: {'a b': c}}\n", "c.yaml:1: data.test.a b"),
+    (
+        MINIMAL + f"model: {{source: {'x' * 100}, revision: '{'?' * 100}'}}\n",
+        f"c.yaml:2: model.revision: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._/-]*$' "
+        f"(it is '{'?' * 56}...)",
+    ),
+    # across fields
+    (MINIMAL + "method: full\n", "c.yaml: method: `full` does not run in this version; use `lora`"),
+    (
+        MINIMAL + "model: {source: tiny, revision: main}\n",
+        "c.yaml: model.revision: the tiny model has none; remove it",
+    ),
+    (
+        MINIMAL + "adapters: {targets: [shared, attention, shared]}\n",
+        "c.yaml: adapters.targets: names a target twice",
+    ),
+    (
+        MINIMAL + "evaluate: {min_exact_match: {seal: 0.5}}\n",
+        "c.yaml: evaluate.min_exact_match: no held-out set is called seal; data.test has none",
+    ),
+    (
+        "data: {train: [a], test: {b: b, c: c}}\nevaluate: {min_exact_match: {seal: 0.5}}\n",
+        "c.yaml: evaluate.min_exact_match: no held-out set is called seal; data.test has b, c",
+    ),
+    (
+        "data: {train: [a], test: {b: b}}\nevaluate: {min_exact_match: {b: 1.5}}\n",
+        "c.yaml: evaluate.min_exact_match.b: 1.5 is not between 0 and 1",
+    ),
+    # not a configuration
+    (
+        MINIMAL + "seed: 1\nseed: 2\n",
+        "c.yaml: not valid YAML: line 3: the key 'seed' is given twice",
+    ),
+    (
+        "data:\n  train: [a]\n  train: [b]\n",
+        "c.yaml: not valid YAML: line 3: the key 'train' is given twice",
+    ),
+    ("1: 2\n", "c.yaml: not valid YAML: line 1: the key 1 is not text"),
+    ("? [a, b]\n: 2\n", "c.yaml: not valid YAML: line 1: the key ['a', 'b'] is not text"),
+    ("data: [a\n", "c.yaml: not valid YAML: line 2: "),
+    ("a: !!python/object:os.system {}\n", "c.yaml: not valid YAML: line 1: could not determine a"),
+    ("a: \x07\n", "c.yaml: not valid YAML: "),
+    ("", "c.yaml: holds no configuration; it must be a mapping of keys to values."),
+    ("# nothing\n", "c.yaml: holds no configuration; it must be a mapping of keys to values."),
+    ("- a\n- b\n", "c.yaml: holds no configuration; it must be a mapping of keys to values."),
+    ("just text\n", "c.yaml: holds no configuration; it must be a mapping of keys to values."),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), REFUSED, ids=range(len(REFUSED)))
+def test_refused(file: Path, text: str, message: str) -> None:
+    assert refusal(file, text).startswith(message)
+    assert len(refusal(file, text).splitlines()) == 1
+
+
+def test_missing_file(file: Path) -> None:
+    with pytest.raises(Ms4Error, match=r"^c\.yaml: no such configuration file\.$"):
+        config.load(file)
+
+
+def test_directory(file: Path) -> None:
+    file.mkdir()
+    with pytest.raises(Ms4Error, match=r"^c\.yaml: cannot be read \(.*Is a directory"):
+        config.load(file)
+
+
+def test_binary_file(file: Path) -> None:
+    file.write_bytes(b"\x93NUMPY\x01\x00\xff\xfe")
+    with pytest.raises(Ms4Error, match=r"^c\.yaml: cannot be read \(.*can't decode byte"):
+        config.load(file)
+
+
+def test_values_without_a_file() -> None:
+    with pytest.raises(Ms4Error, match=r"^answers: sed: unknown key; did you mean `seed`\?$"):
+        config.check({"sed": 1, "data": {"train": ["a"]}}, "answers")
+
+
+# Dump and load.
+
+
+def shares() -> st.SearchStrategy[float]:
+    return st.floats(0, 1)
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> config.RunConfig:
+    names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}", fullmatch=True)
+    # YAML cannot hold a lone surrogate, and a file system path no NUL.
+    paths = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+    test = draw(st.dictionaries(names, paths, max_size=3))
+    positive = st.floats(0, 1, exclude_min=True)
+    values = {
+        "seed": draw(st.integers(0, 2**32 - 1)),
+        "model": {
+            "source": draw(paths.filter(lambda text: text != "tiny")),
+            "revision": draw(st.none() | names),
+            "experts": draw(st.sampled_from(["nf4", "bf16"])),
+            "softmax_scale": draw(st.sampled_from(["plain", "yarn"])),
+        },
+        "data": {
+            "train": draw(st.lists(paths, min_size=1, max_size=3)),
+            "test": test,
+            "reasoning": draw(st.sampled_from(["none", "high", "per_sample"])),
+            "sequence_length": draw(st.integers(16, 1_048_576)),
+            "too_long": draw(st.sampled_from(["error", "drop"])),
+        },
+        "adapters": {
+            "targets": draw(
+                st.lists(
+                    st.sampled_from(["attention", "shared", "experts"]), min_size=1, unique=True
+                )
+            ),
+            "rank": draw(st.integers(1, 512)),
+            "alpha": draw(st.floats(0, 4096, exclude_min=True)),
+        },
+        "train": {
+            "steps": draw(st.none() | st.integers(1)),
+            "epochs": draw(st.floats(0, 1000, exclude_min=True)),
+            "learning_rate": draw(positive),
+            "warmup": draw(st.floats(0, 1, exclude_max=True)),
+            "weight_decay": draw(shares()),
+            "gradient_checkpointing": draw(st.booleans()),
+        },
+        "evaluate": {
+            "efforts": draw(st.sampled_from([["none"], ["high"], ["none", "high"]])),
+            "min_exact_match": {name: draw(shares()) for name in test},
+        },
+        "run": {
+            "device": draw(st.sampled_from(["auto", "cpu", "cuda"])),
+            "threads": draw(st.none() | st.integers(1, 1024)),
+            "memory_gib": draw(st.none() | positive),
+        },
+    }
+    return config.check(values, "drawn")
+
+
+@settings(deadline=None)
+@given(drawn=configurations())
+def test_dump_and_load(tmp_path_factory: pytest.TempPathFactory, drawn: config.RunConfig) -> None:
+    path = tmp_path_factory.mktemp("dump") / "config.yaml"
+    text = config.dump(drawn)
+    path.write_text(text, encoding="utf-8", newline="")
+    loaded = config.load(path)
+    assert loaded == drawn
+    assert config.dump(loaded) == text
+    assert all(loaded.part_hash(stage) == drawn.part_hash(stage) for stage in config.STAGES)
+    jsonschema.validate(drawn.model_dump(mode="json"), json.loads(config.json_schema()))
+
+
+# Descriptions and schema.
+
+
+def sections(model: type[BaseModel] = config.RunConfig) -> Iterator[type[BaseModel]]:
+    yield model
+    for field in model.model_fields.values():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from sections(field.annotation)
+
+
+def test_every_field_is_described() -> None:
+    fields = [
+        (f"{model.__name__}.{name}", field.description)
+        for model in sections()
+        for name, field in model.model_fields.items()
+    ]
+    assert [name for name, text in fields if not text or len(text) < 10] == []
+    # "at most about 45 fields a user can set": sections are not fields
+    assert len(fields) - (len(list(sections())) - 1) <= 45
+
+
+def test_schema_accepts_the_demo_and_refuses_what_load_refuses(demo_values: dict[str, Any]) -> None:
+    schema = json.loads((CHECKOUT / "config/schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(demo_values, schema)
+    for path, value in (("seed", -1), ("sed", 1), ("model", {"experts": "int8"}), ("data", {})):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(demo_values | {path: value}, schema)
+
+
+def test_demo_is_the_tiny_model(demo_values: dict[str, Any]) -> None:
+    assert demo_values["model"]["source"] == "tiny"
+    assert config.load(CHECKOUT / "config/config.yaml").resolve_source() is None
+
+
+# Which stages a change reruns.
+
+
+CHANGES: list[tuple[str, object, set[str]]] = [
+    ("seed", 7, {"fetch", "preprocess", "train"}),
+    ("model.source", "./elsewhere", {"fetch"}),
+    ("model.experts", "bf16", {"descale", "plan"}),
+    ("model.softmax_scale", "yarn", {"descale"}),
+    ("data.train", ["other.jsonl"], {"preprocess"}),
+    ("data.test", {"seal": "a", "chat": "b", "copy": "c"}, {"preprocess"}),
+    ("data.reasoning", "none", {"preprocess"}),
+    ("data.sequence_length", 512, {"preprocess", "plan"}),
+    ("data.too_long", "drop", {"preprocess"}),
+    ("adapters.targets", ["attention"], {"plan", "train"}),
+    ("adapters.rank", 4, {"plan", "train"}),
+    ("adapters.alpha", 5.0, {"plan", "train"}),
+    ("train.steps", 3, {"plan", "train"}),
+    ("train.learning_rate", 1e-5, {"plan", "train"}),
+    ("train.checkpoint_every", 7, {"plan", "train"}),
+    ("evaluate.efforts", ["none"], {"evaluate"}),
+    ("evaluate.max_samples", 3, {"evaluate"}),
+    ("evaluate.min_exact_match", {}, {"evaluate"}),
+    ("run.device", "cuda", {"plan", "train", "evaluate"}),
+    ("run.threads", 3, {"fetch", "plan", "train", "evaluate"}),
+    ("run.memory_gib", 3.0, {"plan"}),
+]
+
+
+def changed(values: dict[str, Any], field: str, value: object) -> dict[str, Any]:
+    tree = copy.deepcopy(values)
+    *way, last = field.split(".")
+    node = tree
+    for name in way:
+        node = node[name]
+    assert node[last] != value, "no change"
+    node[last] = value
+    return tree
+
+
+def rerun(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
+    one, other = config.check(before, "before"), config.check(after, "after")
+    return {stage for stage in config.STAGES if one.part_hash(stage) != other.part_hash(stage)}
+
+
+@pytest.mark.parametrize(("field", "value", "stages"), CHANGES)
+def test_change_reruns(
+    demo_values: dict[str, Any], field: str, value: object, stages: set[str]
+) -> None:
+    assert rerun(demo_values, changed(demo_values, field, value)) == stages
+
+
+def test_seed_and_threads_do_not_touch_weights_that_are_not_made_here(
+    demo_values: dict[str, Any],
+) -> None:
+    values = changed(demo_values, "model.source", "owner/name")
+    assert rerun(values, changed(values, "seed", 7)) == {"preprocess", "train"}
+    assert rerun(values, changed(values, "run.threads", 3)) == {"plan", "train", "evaluate"}
+    assert rerun(values, changed(values, "model.revision", "abc")) == {"fetch"}
+
+
+def test_hashes_differ_between_stages_and_not_between_calls(demo_values: dict[str, Any]) -> None:
+    loaded = config.check(demo_values, "demo")
+    hashes = {stage: loaded.part_hash(stage) for stage in config.STAGES if loaded.part(stage)}
+    assert len(set(hashes.values())) == len(hashes)
+    again = config.check(copy.deepcopy(demo_values), "demo")
+    assert {stage: again.part_hash(stage) for stage in hashes} == hashes
+
+
+# Where the weights are.
+
+
+@pytest.mark.parametrize(
+    ("source", "local"),
+    [
+        ("tiny", None),
+        ("owner/name", None),
+        ("./here", Path("here")),
+        ("../there", Path("../there")),
+        ("/an/absolute/path", Path("/an/absolute/path")),
+        ("here", Path("here")),
+        ("a/b/c", Path("a/b/c")),
+        ("~/weights", Path.home() / "weights"),
+    ],
+)
+def test_source(demo_values: dict[str, Any], source: str, local: Path | None) -> None:
+    demo_values["model"]["source"] = source
+    assert config.check(demo_values, "demo").resolve_source() == local
+
+
+def test_a_directory_beats_a_hub_of_the_same_name(
+    demo_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner/name").mkdir(parents=True)
+    demo_values["model"]["source"] = "owner/name"
+    assert config.check(demo_values, "demo").resolve_source() == Path("owner/name")
+
+
+def test_data_files_training_first(demo_values: dict[str, Any]) -> None:
+    demo_values["data"] |= {"train": ["b", "a"], "test": {"seal": "c", "chat": "d", "copy": "e"}}
+    assert config.check(demo_values, "demo").data_files() == ("b", "a", "c", "d", "e")
