@@ -96,7 +96,7 @@ def test_the_full_size_cuts_words_as_mistral_common_does(
 
 def test_a_conversation_opens_with_the_settings(files: dict[int, Path]) -> None:
     tokenizer = MistralTokenizer.from_file(str(files[4096]))
-    request = ChatCompletionRequest(messages=[UserMessage(content="hi")])  # type: ignore[type-var]
+    request = ChatCompletionRequest(messages=[UserMessage(content="hi")])
     ids = tokenizer.encode_chat_completion(request).tokens
     assert ids[:2] == [1, 36]
     assert ids[-1] == 4
