@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 from tests.commands import CHECKOUT
+from tests.toy import make_toy
 
 from ms4 import config
 
@@ -39,6 +40,12 @@ def project(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(_conversation(path.stem, number) for number in range(4)))
     return root
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A project whose one stage holds a lock until the file `go` is there; see tests/toy.py."""
+    return make_toy(tmp_path / "toy")
 
 
 def _conversation(name: str, number: int) -> str:

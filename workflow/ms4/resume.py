@@ -90,7 +90,7 @@ def _refuse_beside_snakemake(root: Path) -> None:
         if _is_snakemake(command) and not _is_job(command):
             raise Ms4Error(
                 f"Snakemake runs in {root} (process {pid}): there is nothing to resume. "
-                f"Let it go on, or stop it first (`kill -INT {pid}`)."
+                "Let it go on, or press Ctrl-C where it runs."
             )
 
 
