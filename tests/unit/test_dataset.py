@@ -88,6 +88,8 @@ def test_what_is_written(project: Path, chat: Chat) -> None:
     records = sums(50)
     write("train.jsonl", *records[:20])
     write("more.jsonl", *records[20:])
+    Path("data/packed").mkdir(parents=True)
+    write("data/packed/.train.safetensors.1.tmp", "left by a kill")
     run_stage(configure(train=["train.jsonl", "more.jsonl"], sequence_length=128))
     packed = load_packed(Path("data/packed/train.safetensors"))
     assert packed.documents == len(records)

@@ -401,6 +401,8 @@ def run_stage(config: RunConfig) -> None:
     paths = [Path(name) for name in config.data_files()]
     size = sum(path.stat().st_size for path in paths if path.is_file())
     TEST.parent.mkdir(parents=True, exist_ok=True)
+    for left_by_a_kill in TEST.parent.glob(".*.tmp"):
+        left_by_a_kill.unlink()
     temporary = TEST.with_name(f".{TEST.name}.{os.getpid()}.tmp")
     try:
         with (
