@@ -1,0 +1,1 @@
+"""The transformers model over packed weights: experts, attention, adapters, loss."""
