@@ -313,7 +313,9 @@ def markdown(value: object) -> str:
     """A value as one line of Markdown text: nothing in it is markup, a table's cell included."""
     line = " ".join(str(value).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$:-])", r"\\\1", line)
+    line = re.sub(r"([\\`*_{}\[\]()#!|~$])", r"\\\1", line)
+    # A list's mark counts only at the start, a colon only in an address that would become a link.
+    return re.sub(r"^([-+])|(:)(?=//)", r"\\\1\2", line)
 
 
 def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], numbers: int) -> str:

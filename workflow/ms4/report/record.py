@@ -80,7 +80,7 @@ class Run:
             return str(source.get("repository") or self.config.model.source)
         if source["origin"] == "tiny":
             return "ms4-tiny"
-        return Path(source["directory"]).name
+        return " ".join(Path(source["directory"]).name.split())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -105,10 +105,13 @@ def print_summary(root: Path) -> None:
     console = Console()
     table = Table(
         title="Held-out sets, untuned → tuned model",
-        box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2,
+        box=box.SIMPLE_HEAD if console.is_terminal else None,
+        title_justify="left",
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
     )
-    for name in ("set", "effort"):
-        table.add_column(name)
+    table.add_column("set", overflow="fold")
+    table.add_column("effort", no_wrap=True)
     for name in ("samples", "loss", "exact match", "well formed"):
         table.add_column(name, justify="right", no_wrap=True)
     for pair in pair_rows(evaluation):
