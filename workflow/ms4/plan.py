@@ -197,11 +197,11 @@ def layer_gradients(config: RunConfig, dims: spec.Dimensions, tokens: int, width
 
 def expert_scratch(config: RunConfig, dims: spec.Dimensions, width: int) -> int:
     """Experts in the compute dtype: min(E, 64) · 3·H·I weights (gate_up and down) of b bytes, and
-    their absmax in FP32. Experts that are held in the compute dtype need none."""
+    16 a block for its absmax (index, code, scale and product). BF16 on CUDA needs none of it."""
     if config.model.experts == "bf16" and width == 2:
         return 0
     numel = min(dims.experts, EXPERT_SLICE) * 3 * dims.hidden * dims.expert_width
-    absmax = 4 * math.ceil(numel / NF4_BLOCK) if config.model.experts == "nf4" else 0
+    absmax = 16 * math.ceil(numel / NF4_BLOCK) if config.model.experts == "nf4" else 0
     return numel * width + absmax
 
 
@@ -220,18 +220,18 @@ def plan(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind) -> Plan:
         "optimizer state": 8 * trained,  # AdamW's two moments, FP32
         "layer inputs": dims.layers * tokens * dims.hidden * width,
         # Boolean, and once more in the compute dtype as attention's bias.
-        "block mask": tokens**2 * (1 + width),
-        # The head's input, and its gradient in FP32: it outlives the loss until the backward pass.
-        "head's hidden states": tokens * dims.hidden * (width + 4),
+        "block mask": tokens * config.data.sequence_length * (1 + width),
+        # The head's input, its gradient, and that scaled: taken in the loss, used in backward.
+        "head's hidden states": tokens * dims.hidden * 3 * width,
         "process": PROCESS_BYTES[kind],
     }
     saved = layer_saved(dims, tokens, width)
     live = 1 if train.gradient_checkpointing else dims.layers
     kept = 0 if train.gradient_checkpointing else live * saved  # when the loss is computed
-    chunk = min(train.loss_chunk, tokens)
+    chunk, logit_bytes = min(train.loss_chunk, tokens), 4 * 2 + (width if width < 4 else 0)
     moments = {
-        # Logits of a chunk and their gradient, FP32.
-        "loss": {"layer activations": kept, "loss chunk": chunk * dims.vocabulary * 4 * 2},
+        # Logits of a chunk and their gradient in FP32, and one of them in a narrower dtype.
+        "loss": {"layer activations": kept, "loss chunk": chunk * dims.vocabulary * logit_bytes},
         "backward": {
             "layer activations": live * saved,
             "layer gradients": layer_gradients(config, dims, tokens, width),
