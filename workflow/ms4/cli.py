@@ -76,7 +76,7 @@ class _Tee(io.TextIOBase):
 
 @contextmanager
 def _logged(stage: str) -> Iterator[None]:
-    """Keep what the stage prints, and how it fails, in `logs/STAGE.log`, one try after the other.
+    """Keep what the stage prints, and how it fails, in `logs/STAGE.log`.
 
     The rules declare that file. `ms4` writes it and not a `| tee` in the shell line: Slurm ends a
     job by SIGTERM to all of its processes, and a stage must outlive its reader to save its work.
