@@ -1,10 +1,18 @@
 # Two commands do all set-up from nothing: `make demo` and `make test`.
+#
+#   make demo    the tiny model through every stage, and the table at the end
+#   make check   linters, types, import contracts, and the fast tests
+#   make test    all tests but those that need a GPU or hours
+#   make gpu     the tests that need a CUDA device
+#   make soak    long counts of kills and fuzzing
+#   make bench   the benchmarks; each prints the record that it would add to benchmarks/records/
+#   make schema  config/schema.json from the configuration's types
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check lint soak bench gpu schema clean
+.PHONY: setup demo test check lint soak bench gpu schema
 
 setup: $(STAMP)
 
@@ -15,3 +23,36 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
 	touch $@
+
+demo: setup
+	$(BIN)/snakemake --profile local
+	$(BIN)/ms4 summary
+
+# The tests of Slurm skip where no controller answers, but not where CI is set: see .ci/run.
+test: setup
+	$(BIN)/python -m pytest -m "not gpu and not soak"
+
+check: lint
+	$(BIN)/python -m pytest -m "not slow and not slurm and not gpu and not soak"
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/snakefmt --check Snakefile rules
+	$(BIN)/snakemake --lint
+
+soak: setup
+	$(BIN)/python -m pytest -m soak --timeout=0
+
+gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+bench: setup
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# By way of another file: a failing command must not leave an empty schema.
+schema: setup
+	$(BIN)/ms4 schema > config/schema.json.new
+	mv config/schema.json.new config/schema.json
