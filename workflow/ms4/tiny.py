@@ -136,6 +136,7 @@ def _training_config() -> Mistral3Config:
     """The same model for transformers, with the plain softmax scale whatever its version does."""
     config = hub_config()
     del config["quantization_config"]
+    config["dtype"] = "float32"  # faster than bf16 on most CPUs, and what an optimizer wants
     # mscale_all_dim 0 alone would multiply cos and sin by 1.485; attention_factor undoes that.
     config["text_config"]["rope_parameters"] |= {"mscale_all_dim": 0.0, "attention_factor": 1.0}
     return Mistral3Config(**config)

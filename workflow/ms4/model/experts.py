@@ -26,6 +26,10 @@ IMPLEMENTATION = "ms4"
 """The name under which transformers' configuration asks for these experts."""
 
 
+RANK_STEP = 8
+"""Ranks are padded to a multiple of this: 16 bytes in BF16."""
+
+
 class ExpertStore(nn.Module, ABC):
     """One projection of all experts, [E, O, I], frozen; every tensor has E as dimension 0."""
 
@@ -84,6 +88,10 @@ class ExpertLora(nn.Module):
     def forward(self, x_SI: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
         """scaling · (x A_eᵀ) B_eᵀ for each row's expert: [S, O]."""
         A_ERI, B_EOR = self.A.to(x_SI.dtype), self.B.to(x_SI.dtype)
+        # Grouped products want rows of whole 16 bytes; zero ranks add nothing.
+        short = -A_ERI.shape[1] % RANK_STEP
+        if short:
+            A_ERI, B_EOR = F.pad(A_ERI, (0, 0, 0, short)), F.pad(B_EOR, (0, short))
         thin_SR = F.grouped_mm(x_SI, A_ERI.transpose(1, 2), offs=offsets_E)
         return F.grouped_mm(thin_SR, B_EOR.transpose(1, 2), offs=offsets_E) * self.scaling
 
@@ -111,6 +119,7 @@ class _FrozenGroupedLinear(torch.autograd.Function):
             W_EOI = store.dequantize(first, last, x_SI.dtype)
             offsets = offsets_E[first:last] - start
             y_SO[start:end] = F.grouped_mm(x_SI[start:end], W_EOI.transpose(1, 2), offs=offsets)
+            del W_EOI  # or the next slice would stand beside it
         ctx.store, ctx.ends = store, ends
         ctx.save_for_backward(offsets_E)
         return y_SO
@@ -125,6 +134,7 @@ class _FrozenGroupedLinear(torch.autograd.Function):
             W_EOI = store.dequantize(first, last, gradient_SO.dtype)
             offsets = offsets_E[first:last] - start
             result_SI[start:end] = F.grouped_mm(gradient_SO[start:end], W_EOI, offs=offsets)
+            del W_EOI
         return result_SI, None, None
 
 

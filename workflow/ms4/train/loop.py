@@ -120,7 +120,7 @@ def run_stage(config: RunConfig) -> None:
     matches = lora.add_adapters(model, config.adapters, spec.read_dimensions(BASE))
     _print_matches(matches)
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     parameters = lora.trainable(model)
     optimizer = torch.optim.AdamW(

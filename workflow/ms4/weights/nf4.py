@@ -8,11 +8,17 @@ Shape letters: E experts, O out, I in, K = O·I elements of an expert, B = K/64 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
+
+# On some CPUs bitsandbytes warns at import that an optional inference kernel from the hub is not
+# installed. Nothing here uses it, and the advice would mislead.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+import bitsandbytes.functional as bnb  # noqa: E402
 
 BLOCK = 64
 """Elements that share one absmax."""
@@ -54,7 +60,9 @@ def packed_shapes(experts: int, elements: int) -> dict[str, tuple[str, tuple[int
 
 
 def quantize(weight_EOI: torch.Tensor) -> Packed:
-    """Quantize the experts one by one with bitsandbytes."""
+    """Quantize the experts one by one with bitsandbytes; an expert must be whole blocks of 64."""
+    if weight_EOI[0].numel() % BLOCK:
+        raise ValueError(f"{weight_EOI[0].numel()} weights an expert are no multiple of {BLOCK}")
     codes, absmax, scale, offset = [], [], [], []
     for expert in weight_EOI:
         packed, state = bnb.quantize_4bit(
@@ -101,7 +109,8 @@ def dequantize(packed: Packed, shape: tuple[int, int, int], dtype: torch.dtype) 
     values, _ = _tables(packed.codes.device)
     state: Any = bnb.QuantState(
         absmax=dequantize_absmax(packed).flatten(),
-        shape=torch.Size((experts * shape[1], shape[2])),
+        # Rows of one block: bitsandbytes' CPU kernel gives wrong values for rows shorter than it.
+        shape=torch.Size((experts * shape[1] * shape[2] // BLOCK, BLOCK)),
         code=values,
         blocksize=BLOCK,
         quant_type="nf4",

@@ -1,0 +1,53 @@
+"""A tiny checkpoint in FP8 and the bases made of it, once a session."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from ms4 import config, tiny
+from ms4.cli import run_stage
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """The tiny model after two steps: real files, weights that are not quite random."""
+    directory = tmp_path_factory.mktemp("checkpoint")
+    tiny.build(directory, seed=1, threads=2, steps=2)
+    return directory
+
+
+def settings(checkpoint: Path, **model):
+    return config.check(
+        {
+            "model": {"source": str(checkpoint), **model},
+            "data": {"train": ["train.jsonl"], "sequence_length": 64},
+            "run": {"device": "cpu", "threads": 2},
+        },
+        "test",
+    )
+
+
+@pytest.fixture(scope="session")
+def bases(checkpoint, tmp_path_factory) -> dict[str, Path]:
+    """Project directories with a converted and verified base, by the experts' storage."""
+    before = Path.cwd()
+    made = {}
+    for kind in ("bf16", "nf4"):
+        made[kind] = tmp_path_factory.mktemp(kind)
+        os.chdir(made[kind])
+        for stage in ("fetch", "descale", "verify"):
+            run_stage(stage, settings(checkpoint, experts=kind))
+    os.chdir(before)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    torch.set_num_threads(2)
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Norm-wise error of a against the reference b."""
+    return float((a.double() - b.double()).norm() / b.double().norm())

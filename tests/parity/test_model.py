@@ -1,0 +1,153 @@
+"""The loaded model against transformers filled by hand, packed documents against each alone."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+from ms4 import spec, tiny
+from ms4.errors import Ms4Error
+from ms4.model import attention
+from ms4.model.build import load_model
+from ms4.train.batches import collate, loss_sum
+from ms4.weights.verify import decode_e4m3
+
+from .conftest import relative
+
+CPU = torch.device("cpu")
+
+
+def reference(checkpoint, scale="plain"):
+    """transformers' own model, its weights decoded from FP8 bit by bit, eager everything."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    config.pop("quantization_config")
+    config["dtype"] = "float32"
+    if scale == "plain":
+        config["text_config"]["rope_parameters"] |= {"mscale_all_dim": 0.0, "attention_factor": 1.0}
+    model = Mistral3ForConditionalGeneration._from_config(
+        Mistral3Config(**config), attn_implementation="eager"
+    )
+    stored = {}
+    for path in checkpoint.glob("*.safetensors"):
+        stored.update(load_file(path))
+    state = {}
+    for tensor in spec.tensors(tiny.DIMENSIONS):
+        value = stored[tensor.disk]
+        if tensor.dtype == "F8_E4M3":
+            codes = decode_e4m3(value.view(torch.uint8).numpy())
+            scale_inv = stored[tensor.scale].float().numpy()
+            value = torch.from_numpy(codes * scale_inv).bfloat16()
+        state[tensor.transformers] = value.float()
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.from_numpy(np.random.default_rng(0).integers(1000, 4096, (2, 40)))
+
+
+@torch.no_grad()
+def test_bf16_base_is_transformers_model(checkpoint, bases, tokens):
+    ours = load_model(bases["bf16"] / "weights/base", "bf16", CPU, torch.float32)
+    wanted = reference(checkpoint)(input_ids=tokens).logits
+    assert relative(ours(input_ids=tokens).logits, wanted) < 1e-5
+
+
+@torch.no_grad()
+def test_the_softmax_scale_is_the_configured_one(checkpoint, bases, tokens):
+    """transformers 5.23 reads the published config.json as `yarn`: the logits must differ."""
+    ours = load_model(bases["bf16"] / "weights/base", "bf16", CPU, torch.float32)
+    yarn = reference(checkpoint, scale="yarn")(input_ids=tokens).logits
+    assert relative(ours(input_ids=tokens).logits, yarn) > 1e-3
+    for layer in ours.model.language_model.layers:
+        assert layer.self_attn.scaling == pytest.approx(32**-0.5)
+    assert ours.config.text_config.softmax_scale == pytest.approx(32**-0.5)
+
+
+@torch.no_grad()
+def test_experts_without_their_scales_would_be_seen(checkpoint, bases, tokens):
+    """The common loading fault: raw codes as weights. It must not look like our model."""
+    wrong = reference(checkpoint)
+    for layer in wrong.model.language_model.layers:
+        layer.mlp.experts.gate_up_proj *= 10
+    ours = load_model(bases["bf16"] / "weights/base", "bf16", CPU, torch.float32)
+    assert relative(wrong(input_ids=tokens).logits, ours(input_ids=tokens).logits) > 0.01
+
+
+@torch.no_grad()
+def test_nf4_base_is_near_bf16(bases, tokens):
+    near, exact = (
+        load_model(bases[kind] / "weights/base", kind, CPU, torch.float32)(input_ids=tokens).logits
+        for kind in ("nf4", "bf16")
+    )
+    assert 1e-4 < relative(near, exact) < 0.1
+
+
+@torch.no_grad()
+def test_image_goes_through_the_vision_tower(checkpoint, bases):
+    """Vision weights are in the base and where they belong: image features equal transformers'."""
+    ours = load_model(bases["nf4"] / "weights/base", "nf4", CPU, torch.float32)
+    pixels = torch.randn(1, 3, 28, 56, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([[28, 56]])
+    wanted, found = (
+        model.get_image_features(pixel_values=pixels, image_sizes=sizes).pooler_output[0]
+        for model in (reference(checkpoint), ours)
+    )
+    assert relative(found, wanted) < 1e-5
+
+
+def documents(lengths, seed=0):
+    dice = np.random.default_rng(seed)
+    return [
+        (dice.integers(1000, 4096, n).astype(np.int32), (dice.random(n) < 0.5).astype(np.uint8))
+        for n in lengths
+    ]
+
+
+@torch.no_grad()
+def test_packed_documents_have_the_loss_they_have_alone(bases):
+    model = load_model(bases["nf4"] / "weights/base", "nf4", CPU, torch.float32)
+    group = documents([5, 17, 2, 30, 9])
+    packed = loss_sum(model, collate([group[:3], group[3:]]), chunk=7)
+    alone = sum(loss_sum(model, collate([[document]]), chunk=1000) for document in group)
+    assert float(packed) == pytest.approx(float(alone), rel=1e-5)
+
+
+@torch.no_grad()
+def test_packed_logits_and_restarting_positions(bases):
+    model = load_model(bases["bf16"] / "weights/base", "bf16", CPU, torch.float32)
+    group = documents([11, 6])
+    batch = collate([group])
+    assert batch.positions_BT.tolist() == [[*range(11), *range(6)]]
+    packed = model(
+        input_ids=batch.tokens_BT,
+        position_ids=batch.positions_BT,
+        attention_mask=attention.document_mask(batch.documents_BT),
+    ).logits
+    alone = model(input_ids=torch.from_numpy(group[1][0].astype(np.int64))[None]).logits
+    assert relative(packed[:, 11:], alone) < 1e-5
+
+
+def test_targets_never_cross_a_document():
+    first, second = (np.array([5, 6, 7], np.int32), np.array([8, 9], np.int32))
+    trained = (np.array([1, 1, 1], np.uint8), np.array([1, 1], np.uint8))
+    batch = collate([[(first, trained[0]), (second, trained[1])]])
+    assert batch.targets_BT.tolist() == [[6, 7, -100, 9, -100]]
+    assert (batch.trained, batch.tokens) == (3, 5)
+
+
+def test_a_base_with_a_missing_tensor_is_refused(bases, tmp_path):
+    from safetensors.torch import save_file
+
+    for path in (bases["nf4"] / "weights/base").iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    held = load_file(tmp_path / "layer-02.safetensors")
+    name = next(iter(held))
+    save_file({k: v for k, v in held.items() if k != name}, tmp_path / "layer-02.safetensors")
+    with pytest.raises(Ms4Error, match="1 tensors missing"):
+        load_model(tmp_path, "nf4", CPU, torch.float32)
