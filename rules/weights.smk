@@ -35,6 +35,7 @@ rule descale:
 
 rule verify:
     input:
+        "weights/source.json",
         "weights/base.json",
     output:
         "results/verify.json",
@@ -42,9 +43,8 @@ rule verify:
         "logs/verify.log",
     threads: THREADS
     resources:
-        mem_mb=memory_mb(64_000),
+        mem_mb=memory_mb(32_000),
         runtime=120,
-        gpu=GPU,
     params:
         part=CONFIG.part_hash("verify"),
     shell:

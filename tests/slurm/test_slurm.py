@@ -35,12 +35,9 @@ SNAKEMAKE = (
 @pytest.fixture(autouse=True, scope="module")
 def controller() -> None:
     """A controller must answer. Only outside CI may there be none."""
-    answer = None
-    if shutil.which("scontrol"):
-        answer = run("scontrol", "ping", cwd=Path.cwd(), timeout=30)
-        if " UP" in answer.stdout:
-            return
-    reason = f"no Slurm controller answers ({answer.stdout.strip() if answer else 'no scontrol'})"
+    if shutil.which("scontrol") and " UP" in run("scontrol", "ping", cwd=Path.cwd()).stdout:
+        return
+    reason = "no Slurm controller answers"
     if os.environ.get("CI"):
         pytest.fail(f"{reason}; .ci/run starts one")
     pytest.skip(f"{reason}; `tests/slurm/start_slurm.sh` starts one, as root")
