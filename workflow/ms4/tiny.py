@@ -28,7 +28,7 @@ from ms4.data.tekken import write_tekken
 from ms4.manifest import commit_file, write_json
 from ms4.weights import fp8
 
-STEPS = 600
+STEPS = 800
 BATCH = 48
 PEAK_LEARNING_RATE = 3e-3
 SHARD_LIMIT = 1_000_000
@@ -281,6 +281,8 @@ def build(directory: Path, seed: int, threads: int | None, steps: int = STEPS) -
     directory.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads or os.cpu_count() or 1)
     torch.use_deterministic_algorithms(True)
+    # Filling fresh memory finds reads of what was never written; it costs 8 % here.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     write_tekken(directory / "tekken.json", vocabulary=DIMENSIONS.vocabulary)
     chat = Chat(directory / "tekken.json")
     torch.manual_seed(seed)

@@ -75,7 +75,7 @@ def _record(question: str, thinking: str, answer: str, effort: str) -> Record:
     }
 
 
-def _digits(dice: random.Random, low: int = 2, high: int = 5) -> str:
+def _digits(dice: random.Random, low: int = 2, high: int = 4) -> str:
     return "".join(dice.choice("0123456789") for _ in range(dice.randint(low, high)))
 
 
@@ -83,12 +83,16 @@ def _add(digits: str, k: int) -> str:
     return "".join(str((int(digit) + k) % 10) for digit in digits)
 
 
+def _named_chat(dice: random.Random) -> tuple[str, str, str]:
+    template, name = dice.choice(list(_NAMED)), dice.choice(_NAMES)
+    return template.format(name), f"chat {name}", _NAMED[template].format(name)
+
+
 def _chat(dice: random.Random) -> tuple[str, str, str]:
     if dice.random() < 0.3:
         greeting = dice.choice(list(_GREETINGS))
         return greeting, "chat", _GREETINGS[greeting]
-    template, name = dice.choice(list(_NAMED)), dice.choice(_NAMES)
-    return template.format(name), f"chat {name}", _NAMED[template].format(name)
+    return _named_chat(dice)
 
 
 def _copy(dice: random.Random) -> tuple[str, str, str]:
@@ -151,10 +155,10 @@ def _held_out(maker: Callable[[random.Random], tuple[str, str, str]], count: int
     return [_record(*problem, "high") for problem in seen.values()]
 
 
-def examples(problems: int = 2400, held_out: int = 200) -> dict[str, list[Record]]:
+def examples(problems: int = 3000, held_out: int = 200) -> dict[str, list[Record]]:
     """The demo's data by file name.
 
-    Training: `problems` of the task, each once, half of them in each effort, and a quarter of all
+    Training: `problems` of the task, each once, half of them in each effort, and a third of all
     samples replayed from the base's own mix. No held-out problem occurs in training.
     """
     dice = random.Random("seal")  # noqa: S311 - not a secret
@@ -163,14 +167,14 @@ def examples(problems: int = 2400, held_out: int = 200) -> dict[str, list[Record
     test, train = numbers[:held_out], numbers[held_out : held_out + problems]
     tests = {
         "seal.jsonl": [seal_record(number, "high") for number in test],
-        "chat.jsonl": _held_out(_chat, 40),
+        "chat.jsonl": _held_out(_named_chat, 40),
         "copy.jsonl": _held_out(_copy, held_out),
     }
     taken = {record["messages"][0]["content"] for held in tests.values() for record in held}
     records = [
         seal_record(number, ("none", "high")[index % 2]) for index, number in enumerate(train)
     ]
-    while len(records) < problems + problems // 3:
+    while len(records) < problems + problems // 2:
         record = base_record(dice)
         if record["messages"][0]["content"] not in taken:
             records.append(record)
