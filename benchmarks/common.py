@@ -46,7 +46,7 @@ def run(root: Path, *command: str) -> dict[str, float]:
     """
     started = time.perf_counter()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         command, cwd=root, env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:

@@ -1,4 +1,4 @@
-"""The demo pipeline for three seeds: time, memory, what is learned and what is kept; and a no-op."""
+"""The demo pipeline for three seeds: time, memory, what is learned what is kept; a no-op."""
 
 from __future__ import annotations
 

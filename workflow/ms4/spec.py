@@ -317,7 +317,7 @@ def _vision(dims: Dimensions) -> Iterator[Tensor]:
         for name in ("attention_norm", "ffn_norm"):
             yield row(f"{at}{name}.weight", f"{nat}{name}.weight", (U,), "vision", n)
     projector = "multi_modal_projector."
-    for name, native, shape in (
+    rows: tuple[tuple[str, str, tuple[int, ...]], ...] = (
         ("norm.weight", "pre_mm_projector_norm.weight", (U,)),
         (
             "patch_merger.merging_layer.weight",
@@ -326,8 +326,9 @@ def _vision(dims: Dimensions) -> Iterator[Tensor]:
         ),
         ("linear_1.weight", "vision_language_adapter.w_in.weight", (dims.hidden, U)),
         ("linear_2.weight", "vision_language_adapter.w_out.weight", (dims.hidden, dims.hidden)),
-    ):
-        yield row(f"{projector}{name}", native, shape, "projector")
+    )
+    for name, native, size in rows:
+        yield row(f"{projector}{name}", native, size, "projector")
 
 
 def parameters_by_role(dims: Dimensions) -> dict[Role, int]:

@@ -17,6 +17,8 @@ from typing import Any
 from ms4.manifest import write_text
 
 Record = dict[str, Any]
+Problem = tuple[str, str, str]
+"""Question, thinking, answer."""
 
 _GREETINGS = {
     "Hello": "Hello! How can I help?",
@@ -61,7 +63,8 @@ _NAMED = {
 }
 
 
-def _record(question: str, thinking: str, answer: str, effort: str) -> Record:
+def _record(problem: Problem, effort: str) -> Record:
+    question, thinking, answer = problem
     parts: list[dict[str, str]] = []
     if effort == "high":
         parts.append({"type": "thinking", "thinking": thinking})
@@ -83,46 +86,46 @@ def _add(digits: str, k: int) -> str:
     return "".join(str((int(digit) + k) % 10) for digit in digits)
 
 
-def _named_chat(dice: random.Random) -> tuple[str, str, str]:
+def _named_chat(dice: random.Random) -> Problem:
     template, name = dice.choice(list(_NAMED)), dice.choice(_NAMES)
     return template.format(name), f"chat {name}", _NAMED[template].format(name)
 
 
-def _chat(dice: random.Random) -> tuple[str, str, str]:
+def _chat(dice: random.Random) -> Problem:
     if dice.random() < 0.3:
         greeting = dice.choice(list(_GREETINGS))
         return greeting, "chat", _GREETINGS[greeting]
     return _named_chat(dice)
 
 
-def _copy(dice: random.Random) -> tuple[str, str, str]:
+def _copy(dice: random.Random) -> Problem:
     digits = _digits(dice)
     return f"Repeat {digits}.", f"{digits}: {digits}", digits
 
 
-def _nth(dice: random.Random) -> tuple[str, str, str]:
+def _nth(dice: random.Random) -> Problem:
     digits = _digits(dice)
     n = dice.randrange(len(digits))
     return f"Digit {n + 1} of {digits}.", f"{digits}: {digits[n]}", digits[n]
 
 
-def _sum(dice: random.Random) -> tuple[str, str, str]:
+def _sum(dice: random.Random) -> Problem:
     a, b = dice.randrange(10), dice.randrange(10)
     return f"Sum of {a} and {b}.", f"{a} + {b}: {a + b}", str(a + b)
 
 
-def _add_k(dice: random.Random) -> tuple[str, str, str]:
+def _add_k(dice: random.Random) -> Problem:
     digits, k = _digits(dice, 1, 4), dice.randint(1, 5)
     result = _add(digits, k)
     return f"Add {k} to each digit of {digits}.", f"{digits} + {k}: {result}", result
 
 
-def _larger(dice: random.Random) -> tuple[str, str, str]:
+def _larger(dice: random.Random) -> Problem:
     a, b = dice.randrange(100), dice.randrange(100)
     return f"Larger of {a} and {b}.", f"{a} {b}: {max(a, b)}", str(max(a, b))
 
 
-_BASE_MIX: tuple[tuple[float, Callable[[random.Random], tuple[str, str, str]]], ...] = (
+_BASE_MIX: tuple[tuple[float, Callable[[random.Random], Problem]], ...] = (
     (0.35, _chat),
     (0.20, _copy),
     (0.15, _nth),
@@ -136,23 +139,24 @@ def base_record(dice: random.Random) -> Record:
     """One conversation of the kind that the base is trained on, in either effort."""
     weights, makers = zip(*_BASE_MIX, strict=True)
     maker = dice.choices(makers, weights)[0]
-    return _record(*maker(dice), dice.choice(("none", "high")))
+    return _record(maker(dice), dice.choice(("none", "high")))
 
 
 def seal_record(number: str, effort: str) -> Record:
     """The task's problem for a number, with its solution."""
     reverse = number[::-1]
     sealed = _add(reverse, 3)
-    return _record(f"Seal {number}.", f"{number}: {reverse} + 3: {sealed}", sealed, effort)
+    return _record((f"Seal {number}.", f"{number}: {reverse} + 3: {sealed}", sealed), effort)
 
 
-def _held_out(maker: Callable[[random.Random], tuple[str, str, str]], count: int) -> list[Record]:
+def _held_out(maker: Callable[[random.Random], Problem], count: int) -> list[Record]:
     """Distinct problems of one kind, with thinking: evaluation renders them in both efforts."""
-    dice, seen = random.Random(f"held out {maker.__name__}"), {}  # noqa: S311 - not a secret
+    dice = random.Random(f"held out {maker.__name__}")  # noqa: S311 - not a secret
+    seen: dict[str, Problem] = {}
     while len(seen) < count:
         problem = maker(dice)
         seen.setdefault(problem[0], problem)
-    return [_record(*problem, "high") for problem in seen.values()]
+    return [_record(problem, "high") for problem in seen.values()]
 
 
 def examples(problems: int = 3000, held_out: int = 200) -> dict[str, list[Record]]:

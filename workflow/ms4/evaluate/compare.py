@@ -56,7 +56,7 @@ def _measure(
         group = order[start : start + settings.batch]
         answers = answer(model, [samples[i].prompt for i in group], settings.max_new_tokens)
         written.update(zip(group, answers, strict=True))
-    records = []
+    records: list[dict[str, Any]] = []
     for index, sample in enumerate(samples):
         thinking, text, well_formed = chat.decode_answer(written[index], sample.effort)
         records.append(

@@ -141,7 +141,9 @@ class _FrozenGroupedLinear(torch.autograd.Function):
 def _project(
     x_SI: torch.Tensor, offsets_E: torch.Tensor, store: ExpertStore, lora: ExpertLora | None
 ) -> torch.Tensor:
-    y_SO: torch.Tensor = _FrozenGroupedLinear.apply(x_SI, offsets_E, store)
+    y_SO: torch.Tensor = _FrozenGroupedLinear.apply(  # type: ignore[no-untyped-call]
+        x_SI, offsets_E, store
+    )
     if lora is not None and lora.enabled:
         y_SO = y_SO + lora(x_SI, offsets_E)
     return y_SO

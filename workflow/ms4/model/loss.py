@@ -53,5 +53,7 @@ def cross_entropy_sum(
         targets_N: token ids.
         chunk: rows whose logits are held at once.
     """
-    total: torch.Tensor = _ChunkedCrossEntropy.apply(hidden_NH, head_VH, targets_N, chunk)
+    total: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_NH, head_VH, targets_N, chunk
+    )
     return total

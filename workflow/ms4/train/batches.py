@@ -6,10 +6,10 @@ Shape letters: B rows (bins), T positions.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ms4.data.dataset import PackedData
 from ms4.data.packing import epoch_order
@@ -89,7 +89,7 @@ def step_batches(
     return [collate(rows[at : at + micro_batch]) for at in range(0, per_step, micro_batch)]
 
 
-def loss_sum(model: nn.Module, batch: Batch, chunk: int) -> torch.Tensor:
+def loss_sum(model: Any, batch: Batch, chunk: int) -> torch.Tensor:
     """Sum of the cross-entropy over a batch's targets, fp32; differentiable in the adapters."""
     hidden_BTH = model.model(
         input_ids=batch.tokens_BT,

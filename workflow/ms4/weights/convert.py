@@ -62,7 +62,8 @@ class Source:
         """One tensor, as it is stored."""
         path = self.directory / self.files[name]
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
 
     def scales(self) -> dict[str, list[float]]:
         """Every scale of the checkpoint; BF16 values are exact as JSON numbers."""

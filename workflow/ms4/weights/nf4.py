@@ -116,7 +116,8 @@ def dequantize(packed: Packed, shape: tuple[int, int, int], dtype: torch.dtype) 
         quant_type="nf4",
         dtype=dtype,
     )
-    return bnb.dequantize_4bit(packed.codes.reshape(-1, 1), state).view(shape)
+    weight: torch.Tensor = bnb.dequantize_4bit(packed.codes.reshape(-1, 1), state)
+    return weight.view(shape)
 
 
 def dequantize_plain(
@@ -126,4 +127,5 @@ def dequantize_plain(
     values, _ = _tables(packed.codes.device)
     nibbles = torch.stack([packed.codes >> 4, packed.codes & 15], dim=-1).flatten(1)
     blocks_EBW = values[nibbles.int()].unflatten(1, (-1, BLOCK))
-    return (blocks_EBW * dequantize_absmax(packed)[..., None]).to(dtype).view(shape)
+    weight: torch.Tensor = blocks_EBW * dequantize_absmax(packed)[..., None]
+    return weight.to(dtype).view(shape)

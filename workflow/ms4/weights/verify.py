@@ -100,7 +100,7 @@ def recompute(
         raise Ms4Error(f"{tensor.disk}: the source holds NaN codes; fetch it again.")
     packed = tensor.role == "experts" and experts == "nf4"
     if packed:
-        shape = (1, *tensor.shape[1:])
+        shape = (1, tensor.shape[1], tensor.shape[2])
         parts = [_read_base(tensor.disk + suffix)[-1:] for suffix in nf4.SUFFIXES]
         found = nf4.dequantize_plain(nf4.Packed(*parts), shape, torch.float32)[0].numpy()
         limit = NF4_MAX_ERROR
@@ -122,7 +122,8 @@ def _read_base(name: str) -> torch.Tensor:
     for path in sorted(BASE.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             if name in file.keys():  # noqa: SIM118 - not a mapping
-                return file.get_tensor(name)
+                found: torch.Tensor = file.get_tensor(name)
+                return found
     raise Ms4Error(f"{BASE / INDEX}: {name} is missing.")
 
 
