@@ -13,10 +13,20 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+
+from ms4 import config
 from tests.commands import CHECKOUT
 from tests.toy import make_toy
 
-from ms4 import config
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model after two steps: real files in FP8, weights that are not quite random."""
+    from ms4 import tiny  # torch: only where a test wants it
+
+    directory = tmp_path_factory.mktemp("checkpoint")
+    tiny.build(directory, seed=1, threads=2, steps=2)
+    return directory
 
 
 @pytest.fixture

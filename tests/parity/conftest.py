@@ -1,4 +1,4 @@
-"""A tiny checkpoint in FP8 and the bases made of it, once a session."""
+"""The bases made of the tiny checkpoint, once a session."""
 
 import os
 from pathlib import Path
@@ -6,16 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ms4 import config, tiny
+from ms4 import config
 from ms4.cli import run_stage
-
-
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory) -> Path:
-    """The tiny model after two steps: real files, weights that are not quite random."""
-    directory = tmp_path_factory.mktemp("checkpoint")
-    tiny.build(directory, seed=1, threads=2, steps=2)
-    return directory
 
 
 def settings(checkpoint: Path, **model):

@@ -176,6 +176,7 @@ def _teach(model: Mistral3ForConditionalGeneration, chat: Chat, seed: int, steps
         loss = F.cross_entropy(model.lm_head(hidden_BTH[trained]), targets_BT[trained])
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         losses.append(loss.item())
     return sum(losses[-50:]) / len(losses[-50:])

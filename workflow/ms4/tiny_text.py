@@ -78,8 +78,9 @@ def _record(problem: Problem, effort: str) -> Record:
     }
 
 
-def _digits(dice: random.Random, low: int = 2, high: int = 4) -> str:
-    return "".join(dice.choice("0123456789") for _ in range(dice.randint(low, high)))
+def _digits(dice: random.Random) -> str:
+    """Four of them everywhere: a model so small copies by position."""
+    return f"{dice.randrange(10_000):04d}"
 
 
 def _add(digits: str, k: int) -> str:
@@ -115,7 +116,7 @@ def _sum(dice: random.Random) -> Problem:
 
 
 def _add_k(dice: random.Random) -> Problem:
-    digits, k = _digits(dice, 1, 4), dice.randint(1, 5)
+    digits, k = _digits(dice), dice.randint(1, 5)
     result = _add(digits, k)
     return f"Add {k} to each digit of {digits}.", f"{digits} + {k}: {result}", result
 
@@ -126,8 +127,8 @@ def _larger(dice: random.Random) -> Problem:
 
 
 _BASE_MIX: tuple[tuple[float, Callable[[random.Random], Problem]], ...] = (
-    (0.35, _chat),
-    (0.20, _copy),
+    (0.30, _chat),
+    (0.25, _copy),
     (0.15, _nth),
     (0.10, _sum),
     (0.10, _add_k),
@@ -159,10 +160,10 @@ def _held_out(maker: Callable[[random.Random], Problem], count: int) -> list[Rec
     return [_record(problem, "high") for problem in seen.values()]
 
 
-def examples(problems: int = 3000, held_out: int = 200) -> dict[str, list[Record]]:
+def examples(problems: int = 2700, held_out: int = 200) -> dict[str, list[Record]]:
     """The demo's data by file name.
 
-    Training: `problems` of the task, each once, half of them in each effort, and a third of all
+    Training: `problems` of the task, each once, half of them in each effort, and two fifths of all
     samples replayed from the base's own mix. No held-out problem occurs in training.
     """
     dice = random.Random("seal")  # noqa: S311 - not a secret
@@ -178,7 +179,7 @@ def examples(problems: int = 3000, held_out: int = 200) -> dict[str, list[Record
     records = [
         seal_record(number, ("none", "high")[index % 2]) for index, number in enumerate(train)
     ]
-    while len(records) < problems + problems // 2:
+    while len(records) < problems * 5 // 3:
         record = base_record(dice)
         if record["messages"][0]["content"] not in taken:
             records.append(record)
