@@ -346,7 +346,7 @@ def test_demo_is_the_tiny_model(demo_values: dict[str, Any]) -> None:
 
 
 CHANGES: list[tuple[str, object, set[str]]] = [
-    ("seed", 7, {"fetch", "preprocess", "train"}),
+    ("seed", 7, {"fetch", "train"}),
     ("model.source", "./elsewhere", {"fetch"}),
     ("model.experts", "bf16", {"descale", "plan"}),
     ("model.softmax_scale", "yarn", {"descale"}),
@@ -397,7 +397,7 @@ def test_seed_and_threads_do_not_touch_weights_that_are_not_made_here(
     demo_values: dict[str, Any],
 ) -> None:
     values = changed(demo_values, "model.source", "owner/name")
-    assert rerun(values, changed(values, "seed", 7)) == {"preprocess", "train"}
+    assert rerun(values, changed(values, "seed", 7)) == {"train"}
     assert rerun(values, changed(values, "run.threads", 3)) == {"plan", "train", "evaluate"}
     assert rerun(values, changed(values, "model.revision", "abc")) == {"fetch"}
 

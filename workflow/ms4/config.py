@@ -229,7 +229,7 @@ class RunConfig(Section):
             + (("seed", "run.threads") if self.model.source == "tiny" else ()),
             "descale": ("model.experts", "model.softmax_scale"),
             "verify": (),
-            "preprocess": ("seed", "data"),
+            "preprocess": ("data",),
             "plan": ("method", "model.experts", "data.sequence_length", "adapters", "train", "run"),
             "train": ("method", "seed", "adapters", "train", "run.device", "run.threads"),
             "evaluate": ("evaluate", "run.device", "run.threads"),
