@@ -286,7 +286,8 @@ def test_a_budget_that_cannot_fit_says_what_would(prepared, tmp_path):
     path.write_text(yaml.safe_dump(values))
     done = ms4("plan", cwd=root)
     assert done.returncode == 2
-    assert "0.1" in done.stdout
+    assert "the budget is 102.4 MiB (run.memory_gib)" in done.stdout
+    assert "needs at least" in done.stdout
     assert "Traceback" not in done.stdout
 
 
