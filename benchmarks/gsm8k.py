@@ -1,6 +1,7 @@
 """The pipeline on real text: GSM8K, the reasoning before `####` as thinking, through every stage.
 
-MS4_TEST_DATA names the directory that holds gsm8k/train.jsonl and gsm8k/test.jsonl.
+MS4_TEST_DATA names the directory that holds gsm8k/train.jsonl and gsm8k/test.jsonl. An argument
+names a checkpoint to start from; without one the tiny model is made first.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from common import make_project, record, run
 
@@ -53,6 +56,11 @@ def main() -> None:
         sys.exit("MS4_TEST_DATA is not set: it names the directory that holds gsm8k/.")
     with tempfile.TemporaryDirectory() as directory:
         project = make_project(Path(directory) / "gsm8k", change)
+        if len(sys.argv) > 1:
+            path = project / "config/config.yaml"
+            values = yaml.safe_load(path.read_text())
+            values["model"]["source"] = str(Path(sys.argv[1]).resolve())
+            path.write_text(yaml.safe_dump(values))
         convert(Path(data) / "gsm8k/train.jsonl", project / "train.jsonl", TRAIN)
         convert(Path(data) / "gsm8k/test.jsonl", project / "test.jsonl", TEST)
         spent = run(project, "snakemake", "--profile", "local")
