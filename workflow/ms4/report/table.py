@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -105,12 +104,12 @@ def print_summary(root: Path) -> None:
     console = Console()
     table = Table(
         title="Held-out sets, untuned → tuned model",
-        box=box.SIMPLE_HEAD if console.is_terminal else None,
+        box=None,  # lines between the columns would not leave 80 characters room for the scores
         title_justify="left",
         padding=(0, 2, 0, 0),
         pad_edge=False,
     )
-    table.add_column("set", overflow="fold")
+    table.add_column("set", overflow="fold", min_width=4)
     table.add_column("effort", no_wrap=True)
     for name in ("samples", "loss", "exact match", "well formed"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -8,17 +8,11 @@ Shape letters: E experts, O out, I in, K = O·I elements of an expert, B = K/64 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import torch
-
-# On some CPUs bitsandbytes warns at import that an optional inference kernel from the hub is not
-# installed. Nothing here uses it, and the advice would mislead.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-
-import bitsandbytes.functional as bnb  # noqa: E402
 
 BLOCK = 64
 """Elements that share one absmax."""
