@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -79,6 +80,10 @@ def edit() -> Callable[[Path, Callable[[dict[str, Any]], object]], None]:
     return change
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _kill_all_in(directories: set[Path]) -> None:
     for process in psutil.process_iter():
         try:
@@ -111,6 +116,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A shell starts background commands with SIGINT ignored, and children inherit that:
+                # a test that sends it must not depend on how the tests were started.
+                preexec_fn=_heed_interrupts,
             )
         started.append(process)
         directories.add(cwd.resolve())

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from tests.hub import Hub
 
 from ms4 import config, manifest
 from ms4.weights.download import RemoteFile
+from tests.hub import Hub
 
 REPOSITORY = "someone/small-four"
 BIG = "model-00002-of-00002.safetensors"

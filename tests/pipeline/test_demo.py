@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from tests.commands import CHECKOUT, snakemake
 
 from ms4 import tiny_text
+from tests.commands import CHECKOUT, snakemake
 
 from .test_end_to_end import make_project
 

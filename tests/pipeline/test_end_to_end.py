@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tests.commands import CHECKOUT, run, snakemake, wait_for
-from tests.hub import serve
 
 from ms4 import config
+from tests.commands import CHECKOUT, run, snakemake, wait_for
+from tests.hub import serve
 
 pytestmark = pytest.mark.slow
 
@@ -124,6 +124,7 @@ def test_a_change_reruns_what_depends_on_it(finished, tmp_path):
 
 def test_the_adapter_loads_with_peft_onto_transformers_model(finished, checkpoint):
     from peft import PeftModel
+
     from tests.parity.test_model import reference
 
     tuned = PeftModel.from_pretrained(reference(checkpoint), finished / "results/adapter")

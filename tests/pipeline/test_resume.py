@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.commands import run, wait_for
-from tests.toy import runs
 
 from ms4 import lock
+from tests.commands import run, wait_for
+from tests.toy import runs
 
 pytestmark = pytest.mark.slow
 

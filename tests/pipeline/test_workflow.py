@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.commands import CHECKOUT, run, snakemake
 
 from ms4.config import STAGES
+from tests.commands import CHECKOUT, run, snakemake
 
 Edit = Callable[[Path, Callable[[dict[str, Any]], object]], None]
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.commands import CHECKOUT, run
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "matplotlib")

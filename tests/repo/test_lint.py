@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
 from tests.commands import CHECKOUT, run
 
 BIN = Path(sys.executable).parent

@@ -10,10 +10,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from tests.commands import CHECKOUT, run
 
 from ms4 import pipeline_files
 from ms4.errors import Ms4Error
+from tests.commands import CHECKOUT, run
 
 pytestmark = pytest.mark.slow
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ms4.data.tekken import write_tekken
 from tests.commands import run, wait_for, without_slurm_job
 from tests.fetching import make_checkpoint
 from tests.toy import runs
-
-from ms4.data.tekken import write_tekken
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

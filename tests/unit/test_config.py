@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from tests.commands import CHECKOUT
 
 from ms4 import config
 from ms4.errors import Ms4Error
+from tests.commands import CHECKOUT
 
 MINIMAL = "data: {train: [a.jsonl]}\n"
 

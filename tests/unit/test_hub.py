@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ms4 import config, manifest
+from ms4.errors import Ms4Error
+from ms4.weights import hub as stage
 from tests.fetching import (
     BIG,
     NEEDED,
@@ -26,10 +30,6 @@ from tests.fetching import (
     write_index,
 )
 from tests.hub import Fault, Hub, serve
-
-from ms4 import config, manifest
-from ms4.errors import Ms4Error
-from ms4.weights import hub as stage
 
 
 @pytest.fixture

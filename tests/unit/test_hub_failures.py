@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ms4.errors import Ms4Error
+from ms4.weights.download import Repository
 from tests.fetching import (
     BIG,
     CREDENTIAL,
@@ -29,9 +32,6 @@ from tests.fetching import (
     resolved,
 )
 from tests.hub import Fault, Hub, serve
-
-from ms4.errors import Ms4Error
-from ms4.weights.download import Repository
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.commands import run, wait_for
 
 from ms4 import lock
 from ms4.errors import Ms4Error
+from tests.commands import run, wait_for
 
 HOLD = """
 import sys, time

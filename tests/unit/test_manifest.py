@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.commands import wait_for
 
 import ms4
 from ms4 import manifest
 from ms4.errors import Ms4Error
+from tests.commands import wait_for
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
