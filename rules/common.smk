@@ -4,10 +4,13 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.io import contains_wildcard
 
 try:
     import ms4.config
+    from ms4 import pipeline_files
     from ms4.errors import Ms4Error
+    from ms4.manifest import sha256_file
 except ModuleNotFoundError as error:
     raise WorkflowError(
         f"{error.name} is not installed in the Python that runs Snakemake, {sys.executable}: "
@@ -22,6 +25,7 @@ if config:
     )
 
 try:
+    pipeline_files.check_writer(Path())
     CONFIG = ms4.config.load(Path("config/config.yaml"))
 except Ms4Error as error:
     raise WorkflowError(str(error))
@@ -55,3 +59,15 @@ GPU = 0 if CONFIG.run.device == "cpu" else 1
 def memory_mb(full):
     """Host memory of a job: `full` MB for the 119 B model, 4 GB for the tiny one."""
     return 4_000 if TINY else full
+
+
+# Snakemake would take `{name}` in a path for a wildcard. Such a data file is not an input; the
+# hash of its content stands among the params, which has the same effect.
+WITH_BRACES = [path for path in CONFIG.data_files() if contains_wildcard(path)]
+
+
+def hashes_with_braces(wildcards):
+    """Their hashes; of one that is missing, nothing: `ms4 preprocess` will say so."""
+    return {
+        path: sha256_file(Path(path)) for path in WITH_BRACES if Path(path).is_file()
+    }

@@ -4,7 +4,7 @@
 rule preprocess:
     input:
         source="weights/source.json",
-        data=CONFIG.data_files(),
+        data=[path for path in CONFIG.data_files() if path not in WITH_BRACES],
     output:
         "results/data.json",
     log:
@@ -15,5 +15,6 @@ rule preprocess:
         runtime=240,
     params:
         part=CONFIG.part_hash("preprocess"),
+        data=hashes_with_braces,
     shell:
         "ms4 preprocess --config config/config.yaml"

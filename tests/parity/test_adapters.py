@@ -5,11 +5,11 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 
+from ms4 import spec
 from ms4.config import AdaptersSection
 from ms4.errors import Ms4Error
 from ms4.model import lora
 from ms4.model.build import load_model
-from ms4.tiny import DIMENSIONS
 from ms4.train.batches import collate, loss_sum
 from ms4.train.loop import assert_adapters_learn
 
@@ -24,7 +24,7 @@ def adapted(bases, kind="bf16", targets=ALL, rank=5, alpha=8.0):
     torch.manual_seed(0)
     model = load_model(bases[kind] / "weights/base", kind, CPU, torch.float32)
     settings = AdaptersSection(targets=targets, rank=rank, alpha=alpha)
-    return model, settings, lora.add_adapters(model, settings, DIMENSIONS)
+    return model, settings, lora.add_adapters(model, settings, spec.TINY)
 
 
 def stir(model):

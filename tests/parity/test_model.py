@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
-from ms4 import spec, tiny
+from ms4 import spec
 from ms4.errors import Ms4Error
 from ms4.model import attention
 from ms4.model.build import load_model
@@ -34,7 +34,7 @@ def reference(checkpoint, scale="plain"):
     for path in checkpoint.glob("*.safetensors"):
         stored.update(load_file(path))
     state = {}
-    for tensor in spec.tensors(tiny.DIMENSIONS):
+    for tensor in spec.tensors(spec.TINY):
         value = stored[tensor.disk]
         if tensor.dtype == "F8_E4M3":
             codes = decode_e4m3(value.view(torch.uint8).numpy())

@@ -78,9 +78,9 @@ def test_nf4_of_one_expert_is_the_slice_of_all():
 def test_the_tiny_checkpoint_is_in_the_published_layout(checkpoint):
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["quantization_config"]["activation_scheme"] == "static"
-    assert spec.dimensions_from_config(config, "") == tiny.DIMENSIONS
+    assert spec.dimensions_from_config(config, "") == spec.TINY
     index = json.loads((checkpoint / "model.safetensors.index.json").read_text())["weight_map"]
-    assert list(index) == list(spec.disk_tensors(tiny.DIMENSIONS))
+    assert list(index) == list(spec.disk_tensors(spec.TINY))
     assert len(set(index.values())) == 4
     stored = {}
     for file in set(index.values()):
@@ -88,10 +88,10 @@ def test_the_tiny_checkpoint_is_in_the_published_layout(checkpoint):
         assert set(tensors) == {name for name, where in index.items() if where == file}
         stored.update(tensors)
     kinds = {"F8_E4M3": fp8.FP8, "BF16": torch.bfloat16}
-    for name, (dtype, shape) in spec.disk_tensors(tiny.DIMENSIONS).items():
+    for name, (dtype, shape) in spec.disk_tensors(spec.TINY).items():
         assert stored[name].dtype == kinds[dtype]
         assert tuple(stored[name].shape) == shape
-    for tensor in spec.tensors(tiny.DIMENSIONS):
+    for tensor in spec.tensors(spec.TINY):
         for name in tensor.scales():
             assert (stored[name] > 0).all()
 
@@ -120,7 +120,7 @@ def test_every_source_scale_is_kept_exactly(checkpoint, bases):
     stored = {}
     for path in checkpoint.glob("*.safetensors"):
         stored.update(load_file(path))
-    names = [n for t in spec.tensors(tiny.DIMENSIONS) for n in t.scales()]
+    names = [n for t in spec.tensors(spec.TINY) for n in t.scales()]
     assert sorted(kept) == sorted(names)
     for name in names:
         assert torch.equal(torch.tensor(kept[name]).bfloat16(), stored[name].flatten())

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -26,6 +29,8 @@ Effort = Literal["none", "high"]
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
 Target = Literal["attention", "shared", "experts"]
+
+Config = TypeVar("Config", bound="RunConfig")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")]
 
@@ -47,7 +52,7 @@ class ModelSection(Section):
 
     revision: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
     """Commit, tag or branch on the hub; the commit that it stood for is recorded.
-    None: the main branch. Not for local directories."""
+    null: the main branch. Not for local directories."""
 
     experts: Literal["nf4", "bf16"] = "nf4"
     """How the routed experts are held in memory: `nf4` (4.13 bits a weight) or `bf16`."""
@@ -66,6 +71,9 @@ class DataSection(Section):
 
     test: dict[Name, str] = Field(default_factory=dict)
     """Held-out sets by name: JSONL files of the same form, never trained on."""
+
+    modality: Literal["text"] = "text"
+    """What the conversations hold: `text` (images are refused; they do not train yet)."""
 
     reasoning: Literal["none", "high", "per_sample"] = "per_sample"
     """Reasoning effort of the training samples: one for all, or each sample's own
@@ -96,7 +104,7 @@ class TrainSection(Section):
     """The optimization."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps; None: as many as `epochs` takes."""
+    """Optimizer steps; null: as many as `epochs` takes."""
 
     epochs: float = Field(default=1.0, gt=0, le=1000)
     """Passes over the training data, if `steps` is not given."""
@@ -159,11 +167,11 @@ class RunSection(Section):
     """`auto`: the first CUDA device if there is one, else the CPU."""
 
     threads: int | None = Field(default=None, ge=1, le=1024)
-    """CPU threads; None: all cores of the job. A bit-identical rerun needs the same number."""
+    """CPU threads; null: all cores of the job. A bit-identical rerun needs the same number."""
 
     memory_gib: float | None = Field(default=None, gt=0)
     """Memory budget in GiB of the device that trains (GPU memory, or RAM on the CPU);
-    None: what the device has."""
+    null: what the device has."""
 
 
 class RunConfig(Section):
@@ -303,9 +311,8 @@ def _line_of(root: yaml.Node | None, location: tuple[int | str, ...]) -> int | N
     return line
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """The keys that the section at `location` may have."""
-    model: Any = RunConfig
+def _known_keys(location: tuple[int | str, ...], model: Any) -> list[str]:
+    """The keys that the section at `location` of `model` may have."""
     for name in location:
         field = model.model_fields.get(name) if isinstance(name, str) else None
         model = field.annotation if field is not None else None
@@ -314,7 +321,9 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     return list(model.model_fields)
 
 
-def _describe(error: ValidationError, where: str, root: yaml.Node | None) -> str:
+def _describe(
+    error: ValidationError, where: str, root: yaml.Node | None, model: type[RunConfig]
+) -> str:
     """One line a fault: file, line, field, what is wrong, what to do."""
     lines = []
     faults = error.errors()
@@ -328,7 +337,7 @@ def _describe(error: ValidationError, where: str, root: yaml.Node | None) -> str
         place = f"{where}:{line}" if line is not None else where
         field = ".".join(str(part) for part in location)
         if fault["type"] == "extra_forbidden":
-            known = _known_keys(location[:-1])
+            known = _known_keys(location[:-1], model)
             close = difflib.get_close_matches(str(location[-1]), known, n=1)
             advice = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
             lines.append(f"{place}: {field}: unknown key; {advice}")
@@ -346,21 +355,57 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def check(values: Mapping[str, Any], where: str, root: yaml.Node | None = None) -> RunConfig:
+def check(
+    values: Mapping[str, Any],
+    where: str,
+    root: yaml.Node | None = None,
+    model: type[Config] = RunConfig,  # type: ignore[assignment]
+) -> Config:
     """Check plain values and return the configuration.
 
     Args:
         values: the tree, as read from YAML or JSON.
         where: what error messages call it: a file's name.
         root: the YAML nodes that `values` came from, for line numbers.
+        model: what it is to become, if more than a configuration.
 
     Raises:
         Ms4Error: names every field that is wrong.
     """
     try:
-        return RunConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise Ms4Error(_describe(error, where, root)) from error
+        raise Ms4Error(_describe(error, where, root, model)) from error
+
+
+def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], yaml.Node | None]:
+    """The mapping that a YAML text holds (JSON is a subset of it), and its nodes, for `check`.
+
+    Raises:
+        Ms4Error: it is not YAML, or not a mapping, or names a key twice.
+    """
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - it is a SafeLoader
+    except yaml.YAMLError as error:
+        raise Ms4Error(f"{where}: not valid YAML: {_yaml_fault(error)}") from error
+    if not isinstance(values, dict):
+        raise Ms4Error(f"{where}: holds no configuration; it must be a mapping of keys to values.")
+    return values, root
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file that a person wrote.
+
+    Raises:
+        Ms4Error: it is missing or cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise Ms4Error(f"{path}: no such {what}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise Ms4Error(f"{path}: cannot be read ({error}).") from error
 
 
 def load(path: Path) -> RunConfig:
@@ -369,19 +414,7 @@ def load(path: Path) -> RunConfig:
     Raises:
         Ms4Error: the file cannot be read or parsed, or a field is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise Ms4Error(f"{path}: no such configuration file.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise Ms4Error(f"{path}: cannot be read ({error}).") from error
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - it is a SafeLoader
-    except yaml.YAMLError as error:
-        raise Ms4Error(f"{path}: not valid YAML: {_yaml_fault(error)}") from error
-    if not isinstance(values, dict):
-        raise Ms4Error(f"{path}: holds no configuration; it must be a mapping of keys to values.")
+    values, root = parse_yaml(read_text(path, "configuration file"), str(path))
     return check(values, str(path), root)
 
 
@@ -393,26 +426,61 @@ def _yaml_fault(error: yaml.YAMLError) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML's safe dumper, mended for U+0085: it would fold text there, and not give it back."""
+    """YAML's safe dumper; text that would take more than one line is written with escapes."""
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    style = '"' if "\x85" in text else None
+    # U+0085 counts as a control character: the plain styles would not give it back.
+    style = '"' if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text) else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
 
 
 _Dumper.add_representer(str, _represent_text)
 
 
-def dump(config: RunConfig) -> str:
-    """The configuration as YAML, every field written out; `load` gives it back."""
+def dump_yaml(values: Mapping[str, Any], flow: bool = False) -> str:
+    """Plain values as YAML that a safe loader gives back; no text takes more than one line."""
     return yaml.dump(
-        config.model_dump(mode="json"),
+        values,
         Dumper=_Dumper,
         sort_keys=False,
         allow_unicode=True,
-        width=100,
+        width=math.inf,
+        default_flow_style=flow,
     )
+
+
+def _comment(text: str | None, indent: str) -> str:
+    lines = textwrap.wrap(text or "", 98 - len(indent), break_on_hyphens=False)
+    return "".join(f"{indent}# {line}\n" for line in lines)
+
+
+def _dump_section(section: BaseModel, values: Mapping[str, Any], indent: str = "") -> str:
+    parts = []
+    for name, field in type(section).model_fields.items():
+        comment = _comment(field.description, indent)
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            body = _dump_section(value, values[name], indent + "  ")
+            parts.append(f"\n{comment}{indent}{name}:\n{body}")
+            continue
+        text = dump_yaml({name: values[name]})
+        if isinstance(value, tuple) and len(short := dump_yaml({name: values[name]}, True)) < 60:
+            text = short.strip()[1:-1] + "\n"  # `targets: [attention, shared]`, without the braces
+        parts.append(comment + textwrap.indent(text, indent))
+    return "".join(parts)
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as YAML, every field written out with its meaning above it; `load` gives
+    it back. The first line tells editors where the schema is."""
+    head = "# yaml-language-server: $schema=schema.json\n"
+    note = _comment(
+        "A change here reruns the stages that depend on it, and no others. Relative paths are "
+        "relative to the project's directory.",
+        "",
+    )
+    return f"{head}{note}\n{_dump_section(config, config.model_dump(mode='json'))}"
 
 
 def json_schema() -> str:

@@ -81,6 +81,29 @@ class Dimensions:
         return {"plain": plain, "yarn": plain * mscale * mscale}
 
 
+TINY = Dimensions(
+    vocabulary=4096,
+    hidden=128,
+    layers=4,
+    experts=8,
+    experts_per_token=2,
+    expert_width=64,
+    heads=4,
+    q_rank=64,
+    kv_rank=48,
+    nope=16,
+    rope=16,
+    value=32,
+    vision_hidden=32,
+    vision_layers=2,
+    vision_heads=2,
+    vision_head=16,
+    vision_width=64,
+    patch=14,
+    merge=2,
+)
+"""The built-in tiny model (`ms4.tiny`): 2 million parameters."""
+
 _TEXT_KEYS = {
     "vocabulary": "vocab_size",
     "hidden": "hidden_size",

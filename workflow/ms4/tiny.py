@@ -34,30 +34,8 @@ PEAK_LEARNING_RATE = 3e-3
 SHARD_LIMIT = 1_000_000
 """Bytes of one shard: several of them, as in the published checkpoint."""
 
-DIMENSIONS = spec.Dimensions(
-    vocabulary=4096,
-    hidden=128,
-    layers=4,
-    experts=8,
-    experts_per_token=2,
-    expert_width=64,
-    heads=4,
-    q_rank=64,
-    kv_rank=48,
-    nope=16,
-    rope=16,
-    value=32,
-    vision_hidden=32,
-    vision_layers=2,
-    vision_heads=2,
-    vision_head=16,
-    vision_width=64,
-    patch=14,
-    merge=2,
-)
 
-
-def hub_config(dims: spec.Dimensions = DIMENSIONS) -> dict[str, Any]:
+def hub_config(dims: spec.Dimensions = spec.TINY) -> dict[str, Any]:
     """`config.json` as the published checkpoint has it, with these dimensions."""
     return {
         "architectures": ["Mistral3ForConditionalGeneration"],
@@ -189,7 +167,7 @@ def _activation_scales(
     """Static activation scales from a calibration batch: largest input magnitude / 448, BF16."""
     scales: dict[str, torch.Tensor] = {}
     hooks = []
-    tensors = {t.transformers: t for t in spec.tensors(DIMENSIONS) if t.dtype == "F8_E4M3"}
+    tensors = {t.transformers: t for t in spec.tensors(spec.TINY) if t.dtype == "F8_E4M3"}
 
     def to_scale(largest: torch.Tensor) -> torch.Tensor:
         return (largest.clamp_min(1e-6) / fp8.FP8_MAX).to(torch.bfloat16)
@@ -204,7 +182,7 @@ def _activation_scales(
         def hook(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
             hidden, routes, _ = inputs
             gate_up, down = [], []
-            for e in range(DIMENSIONS.experts):
+            for e in range(spec.TINY.experts):
                 x = hidden[(routes == e).any(dim=-1)]
                 gate, up = F.linear(x, module.gate_up_proj[e]).chunk(2, dim=-1)
                 y = F.silu(gate) * up
@@ -231,7 +209,7 @@ def store(
     weights: dict[str, torch.Tensor],
     activation_scales: dict[str, torch.Tensor],
     directory: Path,
-    dims: spec.Dimensions = DIMENSIONS,
+    dims: spec.Dimensions = spec.TINY,
     shard_limit: int = SHARD_LIMIT,
 ) -> None:
     """Write a checkpoint in the published layout: FP8 with scales, shards, index.
@@ -284,7 +262,7 @@ def build(directory: Path, seed: int, threads: int | None, steps: int = STEPS) -
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory finds reads of what was never written; it costs 8 % here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    write_tekken(directory / "tekken.json", vocabulary=DIMENSIONS.vocabulary)
+    write_tekken(directory / "tekken.json", vocabulary=spec.TINY.vocabulary)
     chat = Chat(directory / "tekken.json")
     torch.manual_seed(seed)
     model = Mistral3ForConditionalGeneration._from_config(
