@@ -260,7 +260,7 @@ class RunConfig(Section):
         source = self.model.source
         if source == "tiny":
             return None
-        path = Path(source).expanduser()
+        path = expand_home(source)
         looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
         return path if looks_local or path.is_dir() else None
 
@@ -481,6 +481,11 @@ def dump(config: RunConfig) -> str:
         "",
     )
     return f"{head}{note}\n{_dump_section(config, config.model_dump(mode='json'))}"
+
+
+def expand_home(text: str) -> Path:
+    """A path; a leading `~/` is the home directory. `~name` stays: it may be a file's name."""
+    return Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
 
 
 def json_schema() -> str:

@@ -443,20 +443,27 @@ def size(amount: int) -> str:
     return f"{amount / GIB:.1f} GiB" if amount >= GIB else f"{amount / 2**20:.1f} MiB"
 
 
-def _print(planned: Plan, device: Device, budget: int, steps: int, tokens_per_step: int) -> None:
+def show(planned: Plan, device: str, budget: int | None) -> None:
+    """Print a plan as a table.
+
+    Args:
+        planned: the plan.
+        device: the device that trains, in words.
+        budget: bytes that it may take; None: not known.
+    """
     console = Console()
-    print(f"Device: {device.name} ({device.reason})")
+    print(f"Device: {device}")
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2, show_footer=True)
     table.add_column("component", f"peak ({planned.moment})")
     table.add_column("GiB", f"{planned.peak / GIB:.2f}", justify="right")
     for name, amount in planned.components.items():
         table.add_row(name, f"{amount / GIB:.2f}")
     console.print(table)
-    print(
-        f"Budget {size(budget)}, {size(budget - planned.peak)} to spare. "
-        f"Host RAM {size(planned.host)}, disk {size(planned.disk)}.\n"
-        f"{steps:,} steps of about {tokens_per_step:,} tokens."
-    )
+    room = "Budget: not given."
+    if budget is not None:
+        left = budget - planned.peak
+        room = f"Budget {size(budget)}, {size(abs(left))} {'to spare' if left >= 0 else 'short'}."
+    print(f"{room} Host RAM {size(planned.host)}, disk {size(planned.disk)}.")
 
 
 def run_stage(config: RunConfig) -> None:
@@ -477,7 +484,8 @@ def run_stage(config: RunConfig) -> None:
     steps = total_steps(config, data["bins"])
     batch = config.train.micro_batch * config.train.accumulation
     tokens_per_step = round(data["tokens"] / max(data["bins"], 1) * batch)
-    _print(planned, device, budget, steps, tokens_per_step)
+    show(planned, f"{device.name} ({device.reason})", budget)
+    print(f"{steps:,} steps of about {tokens_per_step:,} tokens.")
     write_manifest(
         PLAN,
         "plan",

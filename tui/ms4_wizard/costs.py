@@ -1,0 +1,95 @@
+"""What the answers cost: the memory plan of the run, on the device that will train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from ms4 import plan, spec
+from ms4.config import RunConfig
+from ms4.errors import Ms4Error
+from ms4.plan import DeviceKind
+from ms4_wizard.questions import Answers
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The plan of a run and what it must fit into."""
+
+    plan: plan.Plan
+    kind: DeviceKind
+    device: str
+    """The device and why it is this one, in words."""
+    budget: int | None
+    """Bytes; None if nobody knows: a GPU of the cluster, of which nothing was said."""
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the plan fits into the budget; None if that is not known."""
+        return None if self.budget is None else self.plan.peak <= self.budget
+
+
+def dimensions(configuration: RunConfig) -> spec.Dimensions:
+    """The sizes of the model that is trained. A model on a hub is taken for the published one.
+
+    Raises:
+        Ms4Error: the local directory holds no such model.
+    """
+    if configuration.model.source == "tiny":
+        return spec.TINY
+    directory = configuration.resolve_source()
+    return spec.Dimensions() if directory is None else spec.read_dimensions(directory)
+
+
+@cache
+def _device(wanted: str, memory_gib: float | None) -> plan.Device:
+    """The device, asked for once and not at each key stroke."""
+    run = {"device": wanted, "memory_gib": memory_gib}
+    return plan.find_device(RunConfig.model_validate({"data": {"train": ["-"]}, "run": run}))
+
+
+def cost(answers: Answers) -> Cost:
+    """Plan the run.
+
+    Raises:
+        Ms4Error: the model or the device is not to be found.
+    """
+    configuration = answers.configuration()
+    wanted, memory = answers.run.device, answers.run.memory_gib
+    budget = None if memory is None else int(memory * plan.GIB)
+    kind: DeviceKind
+    if answers.where.run == "slurm" and wanted != "cpu":
+        kind, name = "cuda", "a GPU of the cluster"
+    elif answers.where.run == "slurm":
+        kind, name = "cpu", "a node of the cluster"
+    else:
+        found = _device(wanted, memory)
+        kind, name = found.kind, f"{found.name} ({found.reason})"
+        budget = found.free if budget is None else budget
+    return Cost(plan.plan(configuration, dimensions(configuration), kind), kind, name, budget)
+
+
+def refusal(answers: Answers, found: Cost) -> Ms4Error | None:
+    """The error of a run that does not fit, with what would help; None if it may."""
+    if found.budget is None or found.fits:
+        return None
+    configuration = answers.configuration()
+    error = plan.does_not_fit(
+        configuration,
+        dimensions(configuration),
+        found.kind,
+        configuration.data.sequence_length,  # the longest sample is not known yet
+        found.budget,
+    )
+    text = str(error)
+    if answers.run.memory_gib is None:
+        text += (
+            "\nIf another machine trains, say what it has, for example run.device: cuda and "
+            "run.memory_gib: 80."
+        )
+    return Ms4Error(text)
+
+
+def show(found: Cost) -> None:
+    """Print the plan."""
+    plan.show(found.plan, found.device, found.budget)

@@ -1,0 +1,440 @@
+"""What the wizard asks: one typed tuple, from which the screens are made, over one typed tree of
+answers, which is also what `--answers FILE` may hold.
+
+Answers are a configuration and, beside it, where the pipeline runs. The questions ask for the part
+of it that a person should decide; the rest keeps its default, and any of it can be set in an
+answers file or by `--set`.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+
+from ms4 import config
+from ms4.errors import Ms4Error
+
+SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}$")]
+"""Of a partition or an account. Snakemake evaluates what stands in a profile as Python: quoted,
+and of these characters, it is only ever a name."""
+
+
+class Where(config.Section):
+    """Where the pipeline runs; this goes to the project's profiles, not to its configuration."""
+
+    run: Literal["local", "slurm"] = "local"
+    """`local`: all stages on this machine; `slurm`: each stage is a job."""
+
+    partition: SlurmName | None = None
+    """Slurm partition of the jobs; null: the cluster's default."""
+
+    account: SlurmName | None = None
+    """Slurm account that the jobs are charged to; null: your default."""
+
+    hours: int | None = Field(default=None, ge=1, le=8760)
+    """Time limit of the training job in hours (null: 24). A job that meets it is submitted again
+    and goes on from its last checkpoint."""
+
+
+class Answers(config.RunConfig):
+    """All answers. Relative paths are relative to the directory that the wizard is started in."""
+
+    where: Where = Where()
+    """Where the pipeline runs."""
+
+    def configuration(self) -> config.RunConfig:
+        """The part that is the project's configuration."""
+        return config.RunConfig.model_validate(self.model_dump(exclude={"where"}))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the answers to choose from."""
+
+    value: str
+    meaning: str
+    """What choosing it does, in a line."""
+
+
+Form = Literal["text", "lines", "named_lines", "choice", "several"]
+"""How an answer is given: a line of text; a list, one a line; `name = value` lines; one of the
+choices; any of the choices."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question for one field of the answers."""
+
+    field: str
+    """Dotted name, as in an answers file."""
+    form: Form
+    ask: str
+    advice: str
+    """What it is, and what most people choose: two lines of a narrow screen at most."""
+    choices: tuple[Choice, ...] = ()
+    only_if: tuple[str, str] | None = None
+    """Asked only if that field has that value."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Questions that stand on one screen."""
+
+    key: str
+    title: str
+    questions: tuple[Question, ...]
+
+
+STEPS: tuple[Step, ...] = (
+    Step(
+        "data",
+        "Model and data",
+        (
+            Question(
+                "model.source",
+                "text",
+                "Weights",
+                "Hub id or a local directory. `tiny` is a toy model that trains in minutes.",
+            ),
+            Question(
+                "data.train",
+                "lines",
+                "Training data",
+                "JSONL files of chat messages, one path a line.",
+            ),
+            Question(
+                "data.test",
+                "named_lines",
+                "Held-out data",
+                "`name = path`, one a line. Never trained on; untuned and tuned are compared.",
+            ),
+        ),
+    ),
+    Step(
+        "modality",
+        "Modality",
+        (
+            Question(
+                "data.modality",
+                "choice",
+                "What do the conversations hold?",
+                "The vision tower stays as it is.",
+                (Choice("text", "text only"),),
+            ),
+        ),
+    ),
+    Step(
+        "reasoning",
+        "Reasoning mode",
+        (
+            Question(
+                "data.reasoning",
+                "choice",
+                "Reasoning effort of the training data",
+                "The model is told its effort before each conversation. Most data is mixed.",
+                (
+                    Choice("per_sample", "each sample its own: high if it thinks, else none"),
+                    Choice("high", "all samples think before they answer"),
+                    Choice("none", "no sample thinks"),
+                ),
+            ),
+        ),
+    ),
+    Step(
+        "method",
+        "Method",
+        (
+            Question(
+                "method",
+                "choice",
+                "What is trained?",
+                "Adapters learn most tasks and take a fraction of the memory.",
+                (Choice("lora", "LoRA adapters over the frozen model"),),
+            ),
+        ),
+    ),
+    Step(
+        "memory",
+        "Memory budget",
+        (
+            Question(
+                "run.device",
+                "choice",
+                "Which device trains?",
+                "The plan beside this counts that device's memory.",
+                (
+                    Choice("auto", "a GPU if there is one, else the CPU"),
+                    Choice("cuda", "a GPU, here or on the machine that trains"),
+                    Choice("cpu", "the CPU"),
+                ),
+            ),
+            Question(
+                "run.memory_gib",
+                "text",
+                "Memory budget in GiB",
+                "Empty: what the device has. Give it when another machine trains.",
+            ),
+            Question(
+                "data.sequence_length",
+                "text",
+                "Sequence length in tokens",
+                "Samples are packed into it; none may be longer. 2048 suits most chats.",
+            ),
+            Question(
+                "train.micro_batch",
+                "text",
+                "Sequences in one forward pass",
+                "1 takes the least memory; more is faster while the plan has room.",
+            ),
+        ),
+    ),
+    Step(
+        "experts",
+        "Expert quantization",
+        (
+            Question(
+                "model.experts",
+                "choice",
+                "How are the routed experts held?",
+                "They are 97 % of the weights. Most people choose nf4.",
+                (
+                    Choice("nf4", "4 bits: 55.7 GiB for all of them"),
+                    Choice("bf16", "16 bits: 216 GiB, exact"),
+                ),
+            ),
+        ),
+    ),
+    Step(
+        "adapters",
+        "Adapters",
+        (
+            Question(
+                "adapters.targets",
+                "several",
+                "What gets adapters?",
+                "Attention and shared experts suit most tasks; all experts hold more.",
+                (
+                    Choice("attention", "the five projections of attention"),
+                    Choice("shared", "the shared experts"),
+                    Choice("experts", "all routed experts (the most memory)"),
+                ),
+            ),
+            Question(
+                "adapters.rank",
+                "text",
+                "Rank",
+                "Size of each adapter. 16 to 64 is usual.",
+            ),
+            Question(
+                "adapters.alpha",
+                "text",
+                "Alpha",
+                "Adapters are scaled by alpha / rank. Twice the rank is usual.",
+            ),
+        ),
+    ),
+    Step(
+        "where",
+        "Where to run",
+        (
+            Question(
+                "where.run",
+                "choice",
+                "Where does the pipeline run?",
+                "The project can do both; this is what its README and its plan are about.",
+                (
+                    Choice("local", "on this machine"),
+                    Choice("slurm", "on a Slurm cluster, each stage a job"),
+                ),
+            ),
+            Question(
+                "where.partition",
+                "text",
+                "Slurm partition",
+                "Empty: the cluster's default.",
+                only_if=("where.run", "slurm"),
+            ),
+            Question(
+                "where.account",
+                "text",
+                "Slurm account",
+                "Empty: your default.",
+                only_if=("where.run", "slurm"),
+            ),
+            Question(
+                "where.hours",
+                "text",
+                "Hours that the training job may take",
+                "Empty: 24. A job that meets its limit is submitted again and goes on.",
+                only_if=("where.run", "slurm"),
+            ),
+        ),
+    ),
+)
+
+
+def schema() -> str:
+    """The JSON schema of an answers file."""
+    tree = Answers.model_json_schema()
+    tree["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    tree["title"] = "ms4-wizard answers"
+    return json.dumps(tree, indent=2) + "\n"
+
+
+def _annotation(field: str) -> Any:
+    """The type of a dotted field.
+
+    Raises:
+        Ms4Error: there is no such field.
+    """
+    found: Any = Answers
+    for position, name in enumerate(parts := field.split(".")):
+        if isinstance(found, type) and issubclass(found, BaseModel):
+            known = list(found.model_fields)
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                advice = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
+                raise Ms4Error(f"--set {field}: unknown key `{name}`; {advice}")
+            found = found.model_fields[name].annotation
+        elif get_origin(found) is dict:
+            found = get_args(found)[1]
+        else:
+            raise Ms4Error(f"--set {field}: `{'.'.join(parts[:position])}` has no keys")
+    return found
+
+
+def read_setting(setting: str) -> tuple[str, Any]:
+    """The field and the value of `key=value`.
+
+    The text is taken as it stands if the field can hold it, else as YAML (`[a, b]`), else as the
+    only item of a list. `null` and nothing at all empty a field that may be empty.
+
+    Raises:
+        Ms4Error: there is no such field, or it cannot hold that.
+    """
+    field, equals, text = setting.partition("=")
+    if not equals:
+        raise Ms4Error(f"--set {setting}: needs the form key=value, for example seed=1")
+    adapter: TypeAdapter[Any] = TypeAdapter(_annotation(field))
+    candidates: list[Any] = [text]
+    if text in ("", "null"):
+        candidates.insert(0, None)
+    # What is not YAML is text, or nothing that the field can hold.
+    with suppress(Ms4Error):
+        tree, _ = config.parse_yaml(f"value: {text}", "")
+        candidates += [tree["value"]] if set(tree) == {"value"} else []
+    candidates.append([text])
+    for value in candidates:
+        try:
+            adapter.validate_python(value)
+        except ValidationError as error:
+            fault = error.errors()[0]["msg"]
+        else:
+            return field, value
+    raise Ms4Error(f"--set {field}: {fault} (it is {text!r})")
+
+
+class Draft:
+    """Answers on their way: plain values of any kind, and what is wrong with them, by field."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values: dict[str, Any] = copy.deepcopy(dict(values))
+        # A section that is needed is there, so that what is missing is the field in it.
+        self.values.setdefault("data", {})
+
+    @classmethod
+    def of(cls, answers: Answers) -> Draft:
+        """A draft that says what `answers` says."""
+        return cls(answers.model_dump(mode="json"))
+
+    def get(self, field: str) -> Any:
+        """The value of a dotted field; its default if it is not given; None without one."""
+        value: Any = self.values
+        model: Any = Answers
+        for name in field.split("."):
+            info = model.model_fields[name]
+            if isinstance(value, Mapping) and name in value:
+                value = value[name]
+            else:
+                value = None if info.is_required() else info.get_default(call_default_factory=True)
+                value = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+            model = info.annotation
+        return value
+
+    def set(self, field: str, value: Any) -> None:
+        """Give a dotted field a value."""
+        *sections, name = field.split(".")
+        place = self.values
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise Ms4Error(f"{field}: `{section}` is not a section of settings")
+        place[name] = value
+
+    def asks(self, question: Question) -> bool:
+        """Whether the question is asked, given the other answers."""
+        return question.only_if is None or self.get(question.only_if[0]) == question.only_if[1]
+
+    def text(self, question: Question) -> str:
+        """The answer as it is typed."""
+        value = self.get(question.field)
+        if value is None:
+            return ""
+        if question.form == "lines":
+            return "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        if question.form == "named_lines":
+            return "\n".join(f"{name} = {path}" for name, path in value.items())
+        if question.form == "several":
+            return ", ".join(value)
+        if isinstance(value, float) and value.is_integer():
+            return str(int(value))
+        return str(value)
+
+    def answer(self, question: Question, text: str) -> None:
+        """Take a typed answer. Text that says what is there already changes nothing: a path with a
+        line break in it, from an answers file, survives being shown."""
+        if text == self.text(question):
+            return
+        value: Any = text
+        if question.form == "lines":
+            value = [line for line in text.splitlines() if line.strip()]
+        elif question.form == "named_lines":
+            value = {}
+            for line in filter(str.strip, text.splitlines()):
+                name, equals, path = line.partition("=")
+                value[name.strip() if equals else ""] = path.strip() if equals else line.strip()
+        elif not text and _may_be_empty(question.field):
+            value = None
+        self.set(question.field, value)
+
+    def check(self) -> tuple[Answers | None, dict[str, str]]:
+        """The answers, if all are good; else what is wrong, by question's field.
+
+        A fault that belongs to no field is under the empty name."""
+        try:
+            return Answers.model_validate(self.values), {}
+        except ValidationError as error:
+            faults: dict[str, str] = {}
+            fields = [question.field for step in STEPS for question in step.questions]
+            for fault in error.errors():
+                location = ".".join(str(part) for part in fault["loc"])
+                near = [name for name in fields if f"{location}.".startswith(f"{name}.")]
+                message = fault["msg"].removeprefix("Value error, ")
+                if fault["type"] == "missing":
+                    message = "is needed"
+                if not near and location:
+                    message = f"{location}: {message}"
+                faults.setdefault(near[0] if near else "", message)
+            return None, faults
+
+
+def _may_be_empty(field: str) -> bool:
+    return NoneType in get_args(_annotation(field))

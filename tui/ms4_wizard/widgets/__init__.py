@@ -1,0 +1,1 @@
+"""What the wizard's screens are made of."""
