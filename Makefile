@@ -1,18 +1,18 @@
 # Two commands do all set-up from nothing: `make demo` and `make test`.
 #
-#   make demo    the tiny model through every stage, and the table at the end
+#   make demo    the wizard writes a project into demo/, and the tiny model goes through every stage
 #   make check   linters, types, import contracts, and the fast tests
 #   make test    all tests but those that need a GPU or hours
 #   make gpu     the tests that need a CUDA device
 #   make soak    long counts of kills and fuzzing
 #   make bench   the benchmarks; each prints the record that it would add to benchmarks/records/
-#   make schema  config/schema.json from the configuration's types
+#   make generated  what is made from the code: config/, examples/seal
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check lint soak bench gpu schema
+.PHONY: setup demo test check lint soak bench gpu generated
 
 setup: $(STAMP)
 
@@ -25,8 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/snakemake --profile local
-	$(BIN)/ms4 summary
+	$(BIN)/ms4-wizard --answers examples/answers.yaml demo
+	cd demo && ../$(BIN)/snakemake --profile local
+	cd demo && ../$(BIN)/ms4 summary
 
 # The tests of Slurm skip where no controller answers, but not where CI is set: see .ci/run.
 test: setup
@@ -52,7 +53,10 @@ gpu: setup
 bench: setup
 	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
-# By way of another file: a failing command must not leave an empty schema.
-schema: setup
+# By way of another file: a failing command must not leave an empty one.
+generated: setup
+	$(BIN)/python -m ms4.tiny_text
 	$(BIN)/ms4 schema > config/schema.json.new
 	mv config/schema.json.new config/schema.json
+	$(BIN)/ms4-wizard --answers examples/answers.yaml --print-config > config/config.yaml.new
+	mv config/config.yaml.new config/config.yaml

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -16,9 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ms4 import config
+from ms4_wizard import cli, emit
+from ms4_wizard.questions import Answers, Draft
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RECORDS = CHECKOUT / "benchmarks/records"
@@ -26,15 +25,12 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "snakemake")
 
 
 def make_project(root: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """A project like the checkout's root, its configuration changed by a function of its values."""
-    root.mkdir(parents=True)
-    for name in ("rules", "profiles", "config", "examples"):
-        shutil.copytree(CHECKOUT / name, root / name)
-    shutil.copy(CHECKOUT / "Snakefile", root)
-    (root / "local").symlink_to("profiles/local")
-    values = config.load(root / "config/config.yaml").model_dump(mode="json")
-    change(values)
-    (root / "config/config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    """The demo's project as the wizard writes it, its answers changed by a function."""
+    draft = Draft.of(cli.read_answers(str(CHECKOUT / "examples/answers.yaml"), []))
+    change(draft.values)
+    answers = config.check(draft.values, "the demo's answers", model=Answers)
+    files = emit.project_files(emit.relocate(answers, CHECKOUT, root.absolute()))
+    emit.write_project(root, files)
     return root
 
 

@@ -13,8 +13,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from common import make_project, record, run
 
 TRAIN, TEST = 500, 50
@@ -38,11 +36,12 @@ def convert(source: Path, target: Path, count: int) -> None:
     target.write_text("".join(lines), encoding="utf-8")
 
 
-def change(values: dict[str, Any]) -> None:
-    """GSM8K in place of the demo's data."""
+def answers(values: dict[str, Any], place: Path, source: str) -> None:
+    """GSM8K in place of the demo's data, and a model."""
+    values["model"]["source"] = source
     values["data"] |= {
-        "train": ["train.jsonl"],
-        "test": {"gsm8k": "test.jsonl"},
+        "train": [str(place / "train.jsonl")],
+        "test": {"gsm8k": str(place / "test.jsonl")},
         "sequence_length": 1024,
     }
     values["train"] |= {"epochs": 2, "micro_batch": 2, "learning_rate": 2e-3}
@@ -54,15 +53,12 @@ def main() -> None:
     data = os.environ.get("MS4_TEST_DATA")
     if not data:
         sys.exit("MS4_TEST_DATA is not set: it names the directory that holds gsm8k/.")
+    source = str(Path(sys.argv[1]).resolve()) if len(sys.argv) > 1 else "tiny"
     with tempfile.TemporaryDirectory() as directory:
-        project = make_project(Path(directory) / "gsm8k", change)
-        if len(sys.argv) > 1:
-            path = project / "config/config.yaml"
-            values = yaml.safe_load(path.read_text())
-            values["model"]["source"] = str(Path(sys.argv[1]).resolve())
-            path.write_text(yaml.safe_dump(values))
-        convert(Path(data) / "gsm8k/train.jsonl", project / "train.jsonl", TRAIN)
-        convert(Path(data) / "gsm8k/test.jsonl", project / "test.jsonl", TEST)
+        place = Path(directory)
+        convert(Path(data) / "gsm8k/train.jsonl", place / "train.jsonl", TRAIN)
+        convert(Path(data) / "gsm8k/test.jsonl", place / "test.jsonl", TEST)
+        project = make_project(place / "gsm8k", lambda values: answers(values, place, source))
         spent = run(project, "snakemake", "--profile", "local")
         evaluation = json.loads((project / "results/evaluation.json").read_text())
         trained = json.loads((project / "results/train.json").read_text())

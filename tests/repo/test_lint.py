@@ -46,7 +46,7 @@ def test_linter(command: tuple[str, ...]) -> None:
 def test_schema_is_of_these_types() -> None:
     answer = run(sys.executable, "-m", "ms4", "schema", cwd=CHECKOUT)
     committed = (CHECKOUT / "config/schema.json").read_text(encoding="utf-8")
-    assert answer.stdout == committed, "run `make schema`"
+    assert answer.stdout == committed, "run `make generated`"
 
 
 def test_no_file_is_too_long() -> None:

@@ -102,6 +102,23 @@ def test_installed_wheel_runs_the_pipeline(elsewhere: Path, project: Path) -> No
     assert "results/deliver.json" in answer.stdout
 
 
+def test_installed_wheel_writes_a_project(elsewhere: Path, tmp_path: Path) -> None:
+    """The wizard, screens' style sheet included, and a project that its Snakemake takes."""
+    binary = elsewhere / "venv/bin"
+    (site,) = (elsewhere / "venv").glob("lib/python3.*/site-packages")
+    assert (site / "ms4_wizard/wizard.tcss").is_file()
+    (tmp_path / "train.jsonl").write_text("{}")
+    (tmp_path / "answers.yaml").write_text(
+        "{model: {source: tiny}, data: {train: [train.jsonl]}, run: {device: cpu}}"
+    )
+    write = (binary / "ms4-wizard", "--answers", "answers.yaml", "project")
+    answer = run(*write, cwd=tmp_path, env=environment())
+    assert answer.returncode == 0, answer.stdout
+    dry_run = (binary / "python", "-m", "snakemake", "-n")
+    answer = run(*dry_run, cwd=tmp_path / "project", env=environment())
+    assert answer.returncode == 0, answer.stdout
+
+
 def test_checkout_finds_the_checkouts_files() -> None:
     assert pipeline_files.pipeline_directory() == CHECKOUT
 

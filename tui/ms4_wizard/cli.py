@@ -60,6 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --answers: replace files of the project that were edited (kept as NAME.bak)",
     )
     parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="with --answers: print the configuration, with paths as they are, and write nothing",
+    )
+    parser.add_argument(
         "--print-schema",
         action="store_true",
         help="print the JSON schema of an answers file",
@@ -126,14 +131,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory = arguments.directory or DEFAULT_DIRECTORY
         if arguments.answers is not None:
             answers = read_answers(arguments.answers, arguments.set)
+            if arguments.print_config:
+                sys.stdout.write(config.dump(answers.configuration()))
+                return 0
             costs.show(costs.cost(answers))
             told = write_from_answers(
                 answers, directory, dry_run=arguments.dry_run, overwrite=arguments.overwrite
             )
             print("\n".join(["", *told]))
             return 0
-        if arguments.dry_run or arguments.overwrite:
-            raise Ms4Error("--dry-run and --overwrite go with --answers FILE.")
+        if arguments.dry_run or arguments.overwrite or arguments.print_config:
+            raise Ms4Error("--dry-run, --overwrite and --print-config go with --answers FILE.")
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise Ms4Error(
                 "there is no terminal for the screens. Give the answers in a file: "

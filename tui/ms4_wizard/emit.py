@@ -321,7 +321,8 @@ def write_project(directory: Path, files: Files, overwrite: bool = False) -> lis
         return _update(directory, files, note)
     except OSError as error:
         raise Ms4Error(
-            f"{directory}: cannot be written ({error.strerror or error}). Nothing else was changed."
+            f"{directory}: cannot be written ({error.strerror or error}). Mend that and run it "
+            "again, or name another directory."
         ) from error
 
 

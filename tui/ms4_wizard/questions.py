@@ -141,7 +141,7 @@ STEPS: tuple[Step, ...] = (
                 "Reasoning effort of the training data",
                 "The model is told its effort before each conversation. Most data is mixed.",
                 (
-                    Choice("per_sample", "each sample its own: high if it thinks, else none"),
+                    Choice("per_sample", "each sample its own effort"),
                     Choice("high", "all samples think before they answer"),
                     Choice("none", "no sample thinks"),
                 ),
@@ -172,7 +172,7 @@ STEPS: tuple[Step, ...] = (
                 "The plan beside this counts that device's memory.",
                 (
                     Choice("auto", "a GPU if there is one, else the CPU"),
-                    Choice("cuda", "a GPU, here or on the machine that trains"),
+                    Choice("cuda", "a GPU, here or where it will train"),
                     Choice("cpu", "the CPU"),
                 ),
             ),

@@ -150,6 +150,18 @@ def seal_record(number: str, effort: str) -> Record:
     return _record((f"Seal {number}.", f"{number}: {reverse} + 3: {sealed}", sealed), effort)
 
 
+def _held_out_chat() -> list[Record]:
+    """Each name in two of the five sentences: the other three keep it known."""
+    dice = random.Random("held out chat")  # noqa: S311 - not a secret
+    problems = [
+        (template.format(name), f"chat {name}", _NAMED[template].format(name))
+        for name in _NAMES
+        for template in dice.sample(list(_NAMED), 2)
+    ]
+    dice.shuffle(problems)
+    return [_record(problem, "high") for problem in problems]
+
+
 def _held_out(maker: Callable[[random.Random], Problem], count: int) -> list[Record]:
     """Distinct problems of one kind, with thinking: evaluation renders them in both efforts."""
     dice = random.Random(f"held out {maker.__name__}")  # noqa: S311 - not a secret
@@ -163,8 +175,8 @@ def _held_out(maker: Callable[[random.Random], Problem], count: int) -> list[Rec
 def examples(problems: int = 2700, held_out: int = 200) -> dict[str, list[Record]]:
     """The demo's data by file name.
 
-    Training: `problems` of the task, each once, half of them in each effort, and two fifths of all
-    samples replayed from the base's own mix. No held-out problem occurs in training.
+    Training: `problems` of the task, each once, half of them in each effort, and as many samples
+    replayed from the base's own mix. No held-out problem occurs in training.
     """
     dice = random.Random("seal")  # noqa: S311 - not a secret
     numbers = [f"{n:04d}" for n in range(10_000)]
@@ -172,14 +184,14 @@ def examples(problems: int = 2700, held_out: int = 200) -> dict[str, list[Record
     test, train = numbers[:held_out], numbers[held_out : held_out + problems]
     tests = {
         "seal.jsonl": [seal_record(number, "high") for number in test],
-        "chat.jsonl": _held_out(_named_chat, 40),
+        "chat.jsonl": _held_out_chat(),
         "copy.jsonl": _held_out(_copy, held_out),
     }
     taken = {record["messages"][0]["content"] for held in tests.values() for record in held}
     records = [
         seal_record(number, ("none", "high")[index % 2]) for index, number in enumerate(train)
     ]
-    while len(records) < problems * 5 // 3:
+    while len(records) < 2 * problems:
         record = base_record(dice)
         if record["messages"][0]["content"] not in taken:
             records.append(record)

@@ -63,9 +63,10 @@ class ReviewScreen(Screen[None]):
                 if self.flow.draft.asks(question):
                     # A line each, whatever is in it.
                     value = self.flow.draft.text(question).replace("\n", ", ")
-                    line = Text(question.field, "bold") + Text(f"  {value or '(not given)'}")
-                    line.no_wrap = True
-                    line.overflow = "ellipsis"
+                    line = Text.assemble(
+                        (question.field, "bold"), "  ", value or ("(not given)", "dim")
+                    )
+                    line.truncate(200, overflow="ellipsis")
                     options.append(Option(line, id=f"{number}-{question.field}"))
         return options
 

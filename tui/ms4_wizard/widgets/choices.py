@@ -36,7 +36,7 @@ class Choices(OptionList):
     def _prompt(self, choice: Choice) -> Text:
         marks = "☐☑" if self._several else "○●"
         mark = marks[choice.value in self._chosen]
-        return Text(f"{mark} ") + Text(choice.value, "bold") + Text(f"\n  {choice.meaning}", "dim")
+        return Text.assemble(f"{mark} ", (choice.value, "bold"), (f"\n  {choice.meaning}", "dim"))
 
     def on_mount(self) -> None:
         """Begin where the answer is."""

@@ -20,7 +20,7 @@ def bar(peak: int, budget: int) -> Text:
     share = peak / max(budget, 1)
     filled = min(BAR, max(1, round(BAR * share)))
     style = "green" if peak <= budget else "red"
-    return Text("━" * filled, style) + Text("━" * (BAR - filled), "dim") + f" {share:.0%}"
+    return Text.assemble(("━" * filled, style), ("━" * (BAR - filled), "dim"), f" {share:.0%}")
 
 
 def picture(found: Cost) -> Table:
@@ -46,7 +46,7 @@ def verdict(found: Cost) -> Text:
         return Text("No budget is given.", "yellow")
     left = found.budget - found.plan.peak
     if left >= 0:
-        return Text(f"fits: {size(left)} to spare of {size(found.budget)}", "green")
+        return Text(f"fits: {size(left)} left of {size(found.budget)}", "green")
     return Text(f"does not fit: {size(-left)} more than {size(found.budget)}", "bold red")
 
 

@@ -1,0 +1,35 @@
+"""A place to write projects in: a directory with data, which is the current one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ms4_wizard.questions import Answers
+
+DATA = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with `train.jsonl` and `sets/test.jsonl`."""
+    (tmp_path / "sets").mkdir()
+    for name in ("train.jsonl", "sets/test.jsonl"):
+        (tmp_path / name).write_text(DATA)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def answers() -> Answers:
+    """Answers of which each part has something to say."""
+    return Answers.model_validate(
+        {
+            "model": {"source": "tiny"},
+            "data": {"train": ["train.jsonl"], "test": {"held": "sets/test.jsonl"}},
+            "adapters": {"rank": 8},
+            "run": {"device": "cpu", "threads": 2},
+            "where": {"run": "slurm", "partition": "input", "account": "007", "hours": 12},
+        }
+    )

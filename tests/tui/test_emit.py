@@ -1,0 +1,305 @@
+"""The project that is written: its bytes, its paths, and what happens to what was there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+import ms4
+from ms4 import config
+from ms4.errors import Ms4Error
+from ms4_wizard import cli, emit
+from ms4_wizard.questions import Answers
+from tests.commands import CHECKOUT, run, snakemake
+
+DRY_RUNS = [["-n"], ["--lint"], ["--profile", "local", "-n"], ["--profile", "slurm", "-n"]]
+
+
+def write(answers: Answers, directory: Path, *, overwrite: bool = False) -> list[str]:
+    return cli.write_from_answers(answers, directory, overwrite=overwrite)
+
+
+def contents(root: Path) -> dict[str, bytes | str]:
+    """Every file and link under a directory."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if path.is_symlink():
+            found[name] = str(path.readlink())
+        elif path.is_file():
+            found[name] = path.read_bytes()
+    return found
+
+
+# What is written.
+
+
+def test_files_of_a_project(place: Path, answers: Answers) -> None:
+    write(answers, place / "project")
+    root = place / "project"
+    assert set(contents(root)) == {
+        *("Snakefile", "README.md", ".gitignore", "local", "slurm"),
+        *("config/config.yaml", "config/schema.json", "config/project.json"),
+        *(f"profiles/{name}/config.yaml" for name in ("default", "local", "slurm")),
+        *(f"rules/{name}.smk" for name in ("common", "data", "deliver", "evaluate", "train")),
+        "rules/weights.smk",
+    }
+    for name in ("Snakefile", "rules/common.smk", "profiles/local/config.yaml"):
+        assert (root / name).read_bytes() == (CHECKOUT / name).read_bytes()
+    assert (root / "local").readlink() == Path("profiles/local")
+    loaded = config.load(root / "config/config.yaml")
+    assert loaded.data.train == ("../train.jsonl",)
+    assert loaded.data.test == {"held": "../sets/test.jsonl"}
+    schema = json.loads((root / "config/schema.json").read_text())
+    jsonschema.validate(yaml.safe_load((root / "config/config.yaml").read_text()), schema)
+
+
+def test_each_value_has_its_comment(place: Path, answers: Answers) -> None:
+    write(answers, place / "project")
+    lines = (place / "project/config/config.yaml").read_text().splitlines()
+    keys = [n for n, line in enumerate(lines) if re.match(r" {0,2}[a-z_]+:", line)]
+    assert len(keys) > 35
+    # `held:` is the name of a set, two levels down
+    uncommented = [lines[n] for n in keys if not lines[n - 1].lstrip().startswith("# ")]
+    assert uncommented == []
+
+
+@pytest.mark.parametrize("name", ["answers", "qlora-text"])
+def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    read = cli.read_answers(f"examples/{name}.yaml", [])
+    told = write(read, tmp_path / "project")
+    assert told[-1] == "  snakemake --profile local"
+    for options in DRY_RUNS:
+        answer = snakemake(*options, cwd=tmp_path / "project")
+        assert answer.returncode == 0, answer.stdout
+
+
+def test_the_checkouts_configuration_is_the_demos() -> None:
+    """`make generated` writes it."""
+    answer = run(
+        *(sys.executable, "-m", "ms4_wizard", "--answers", "examples/answers.yaml"),
+        "--print-config",
+        cwd=CHECKOUT,
+    )
+    assert (CHECKOUT / "config/config.yaml").read_text() == answer.stdout
+
+
+def test_same_answers_same_bytes(place: Path, answers: Answers) -> None:
+    write(answers, place / "one")
+    write(answers, place / "two")
+    assert contents(place / "one") == contents(place / "two")
+    # and over a project of other answers
+    write(
+        answers.model_copy(update={"seed": 5, "where": Answers.model_fields["where"].default}),
+        place / "three",
+    )
+    assert contents(place / "one") != contents(place / "three")
+    write(answers, place / "three")
+    assert contents(place / "one") == contents(place / "three")
+
+
+def test_slurm_names_are_names(place: Path, answers: Answers) -> None:
+    """`input` is a function of Snakemake's and 007 no number: they reach the plugin as they are."""
+    write(answers, place / "project")
+    profile = yaml.safe_load((place / "project/profiles/slurm/config.yaml").read_text())
+    assert profile["default-resources"] == ["slurm_account='007'", "slurm_partition='input'"]
+    assert profile["set-resources"] == ["train:runtime=720"]
+    answer = snakemake("--profile", "slurm", "-n", cwd=place / "project")
+    assert answer.returncode == 0, answer.stdout
+    assert "slurm_account=007, slurm_partition=input" in answer.stdout
+    assert re.search(r"rule train:.*?runtime=720,", answer.stdout, re.DOTALL)
+
+
+def test_readme_has_the_projects_commands(place: Path, answers: Answers) -> None:
+    write(answers, place / "project")
+    text = (place / "project/README.md").read_text()
+    assert "snakemake --profile slurm -n " in text
+    assert "ms4 resume . --profile slurm" in text
+    assert "| adapters | attention, shared; rank 8, alpha 64 |" in text
+
+
+def test_directories_where_links_cannot_be_made(
+    place: Path, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")  # what vfat says
+
+    # No file system without links can be mounted by a test that is not root.
+    monkeypatch.setattr(os, "symlink", refuse)
+    write(answers, place / "project")
+    assert not (place / "project/slurm").is_symlink()
+    answer = snakemake("--profile", "slurm", "-n", cwd=place / "project")
+    assert answer.returncode == 0, answer.stdout
+    # The copy follows what it is a copy of.
+    changed = answers.where.model_copy(update={"partition": "other"})
+    write(answers.model_copy(update={"where": changed}), place / "project")
+    assert "'other'" in (place / "project/slurm/config.yaml").read_text()
+
+
+# Paths.
+
+
+def test_paths(place: Path) -> None:
+    home = Path.home()
+    read = Answers.model_validate(
+        {
+            "model": {"source": "./here"},
+            "data": {"train": ["a", "/abs//b", "~/c", "~d"], "test": {"x": "../e"}},
+        }
+    )
+    moved = emit.relocate(read, place, place / "deep/project")
+    assert moved.data.train == ("../../a", "/abs/b", str(home / "c"), "../../~d")
+    assert moved.data.test == {"x": "../../../e"}
+    assert moved.model.source == "../../here"
+    back = emit.relocate(moved, place / "deep/project", place)
+    assert back.data.train == ("a", "/abs/b", str(home / "c"), "~d")
+    assert back.model.source == "./here"
+
+
+@pytest.mark.parametrize("source", ["tiny", "owner/name"])
+def test_what_is_no_path_stays(place: Path, source: str) -> None:
+    read = Answers.model_validate({"model": {"source": source}, "data": {"train": ["a"]}})
+    assert emit.relocate(read, place, place / "p").model.source == source
+
+
+# What was there.
+
+
+def test_written_into_the_current_directory(place: Path, answers: Answers) -> None:
+    data = answers.data.model_copy(update={"train": (str(place / "train.jsonl"),), "test": {}})
+    (place / "empty").mkdir()
+    os.chdir(place / "empty")
+    write(answers.model_copy(update={"data": data}), Path())
+    assert snakemake("-n", cwd=place / "empty").returncode == 0
+    assert [path.name for path in place.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("what", ["file", "directory", "link", "checkout"])
+def test_something_else_is_refused(place: Path, answers: Answers, what: str) -> None:
+    target = place / "other"
+    if what == "file":
+        target.write_text("mine")
+    elif what == "link":
+        target.symlink_to("nowhere")
+    elif what == "directory":
+        target.mkdir()
+        (target / "mine").write_text("mine")
+    else:
+        target.mkdir()
+        (target / "Snakefile").write_text("")
+        (target / "config").mkdir()
+        (target / "config/config.yaml").write_text("")
+    before = contents(place)
+    with pytest.raises(Ms4Error, match="holds something that is not an ms4 project"):
+        write(answers, target)
+    assert contents(place) == before
+
+
+def test_edits_are_not_lost(place: Path, answers: Answers) -> None:
+    root = place / "project"
+    write(answers, root)
+    train, profile = root / "rules/train.smk", root / "profiles/slurm/config.yaml"
+    train.write_text(train.read_text() + "# mine\n")
+    profile.write_text(profile.read_text() + "# mine too\n")
+    # ms4 has nothing new to say of train.smk: it is kept.
+    told = write(answers.model_copy(update={"seed": 3}), root)
+    assert "kept as you edited it: rules/train.smk" in told
+    assert "written: config/config.yaml" in told
+    assert train.read_text().endswith("# mine\n")
+    # Of the profile it has: that is refused, before anything is written.
+    other = answers.model_copy(
+        update={"where": answers.where.model_copy(update={"hours": 3}), "seed": 4}
+    )
+    before = contents(root)
+    with pytest.raises(Ms4Error, match=r"edited .*: profiles/slurm/config\.yaml\. .*--overwrite"):
+        write(other, root)
+    assert contents(root) == before
+    told = write(other, root, overwrite=True)
+    assert (root / "profiles/slurm/config.yaml.bak").read_text().endswith("# mine too\n")
+    assert "train:runtime=180" in profile.read_text()
+    assert train.read_text().endswith("# mine\n")
+
+
+def test_a_write_that_fails_leaves_nothing(
+    place: Path, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        if path.name == "README.md":
+            raise OSError(28, "No space left on device")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    monkeypatch.setattr(emit, "write_text", full)
+    before = contents(place)
+    with pytest.raises(Ms4Error, match="No space left on device"):
+        write(answers, place / "project")
+    assert contents(place) == before
+    assert sorted(path.name for path in place.iterdir()) == ["sets", "train.jsonl"]
+
+
+def test_a_directory_that_cannot_be_made(place: Path, answers: Answers) -> None:
+    with pytest.raises(Ms4Error, match=r"project: cannot be written \("):
+        write(answers, place / "train.jsonl/project")
+
+
+# Reading it again.
+
+
+def test_answers_come_back(place: Path, answers: Answers) -> None:
+    write(answers, place / "deep/project")
+    assert emit.read_project(place / "deep/project") == answers
+
+
+def test_edited_configuration_is_what_comes_back(place: Path, answers: Answers) -> None:
+    write(answers, place / "project")
+    file = place / "project/config/config.yaml"
+    file.write_text(file.read_text().replace("seed: 0", "seed: 99"))
+    assert emit.read_project(place / "project").seed == 99
+    file.write_text(file.read_text().replace("seed: 99", "seed: many"))
+    with pytest.raises(Ms4Error, match=r"config\.yaml:\d+: seed: Input should be a valid integer"):
+        emit.read_project(place / "project")
+
+
+@pytest.mark.parametrize("note", ["[]", "{}", '{"files": {"a": 1}, "where": {}}', "{"])
+def test_damaged_note(place: Path, answers: Answers, note: str) -> None:
+    write(answers, place / "project")
+    (place / "project/config/project.json").write_text(note)
+    with pytest.raises(Ms4Error, match=r"project\.json: not "):
+        emit.read_project(place / "project")
+
+
+# The version that wrote it.
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (ms4.__version__, None),
+        (ms4.__version__ + ".post1", None),
+        ("9.7.1", "ms4 9.7.1 wrote this project's rules, but ms4 "),
+        (None, "names no `ms4_version`"),
+    ],
+)
+def test_version_is_checked_by_the_rules(
+    place: Path, answers: Answers, version: str | None, message: str | None
+) -> None:
+    write(answers, place / "project")
+    file = place / "project/config/project.json"
+    note = json.loads(file.read_text())
+    note["ms4_version"] = version
+    file.write_text(json.dumps(note))
+    answer = snakemake("-n", cwd=place / "project")
+    assert answer.returncode == (1 if message else 0), answer.stdout
+    assert "Traceback" not in answer.stdout
+    if message:
+        assert message in answer.stdout
+        write(answers, place / "project")  # as the message says
+        assert snakemake("-n", cwd=place / "project").returncode == 0
