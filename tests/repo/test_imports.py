@@ -10,7 +10,18 @@ import pytest
 from tests.commands import CHECKOUT, run
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "matplotlib")
-LIGHT = ("config", "spec", "plan", "manifest", "lock", "resume", "cli", "data", "weights.hub")
+LIGHT = (
+    "config",
+    "spec",
+    "device",
+    "plan",
+    "manifest",
+    "lock",
+    "resume",
+    "cli",
+    "data",
+    "weights.hub",
+)
 
 PROOF = """
 import importlib, sys

@@ -7,8 +7,8 @@ from functools import cache
 
 from ms4 import plan, spec
 from ms4.config import RunConfig
+from ms4.device import GIB, Device, DeviceKind, find_device
 from ms4.errors import Ms4Error
-from ms4.plan import DeviceKind
 from ms4_wizard.questions import Answers
 
 
@@ -42,10 +42,10 @@ def dimensions(configuration: RunConfig) -> spec.Dimensions:
 
 
 @cache
-def _device(wanted: str, memory_gib: float | None) -> plan.Device:
+def _device(wanted: str, memory_gib: float | None) -> Device:
     """The device, asked for once and not at each key stroke."""
     run = {"device": wanted, "memory_gib": memory_gib}
-    return plan.find_device(RunConfig.model_validate({"data": {"train": ["-"]}, "run": run}))
+    return find_device(RunConfig.model_validate({"data": {"train": ["-"]}, "run": run}))
 
 
 def cost(answers: Answers) -> Cost:
@@ -56,7 +56,7 @@ def cost(answers: Answers) -> Cost:
     """
     configuration = answers.configuration()
     wanted, memory = answers.run.device, answers.run.memory_gib
-    budget = None if memory is None else int(memory * plan.GIB)
+    budget = None if memory is None else int(memory * GIB)
     kind: DeviceKind
     if answers.where.run == "slurm" and wanted != "cpu":
         kind, name = "cuda", "a GPU of the cluster"

@@ -13,30 +13,23 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import psutil
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ms4 import spec
 from ms4.config import RunConfig, Target
+from ms4.device import GIB, DeviceKind, find_device
 from ms4.errors import Ms4Error
 from ms4.manifest import read_manifest, write_manifest
 
 PLAN = Path("results/plan.json")
-GIB = 2**30
-CGROUPS = Path("/sys/fs/cgroup")
-
-DeviceKind = Literal["cpu", "cuda"]
 
 COMPUTE_BYTES: Mapping[DeviceKind, int] = {"cuda": 2, "cpu": 4}
 """Bytes of the dtype that is computed in: BF16 on CUDA; on a CPU FP32, which is faster there."""
@@ -73,20 +66,6 @@ class Plan:
     def peak(self) -> int:
         """The device's memory at the fullest moment."""
         return sum(self.components.values())
-
-
-@dataclass(frozen=True)
-class Device:
-    """The device that trains."""
-
-    kind: DeviceKind
-    name: str
-    total: int | None
-    """Its memory in bytes; None if it is not to be seen from here."""
-    free: int
-    """What the run may take now, in bytes, if the configuration gives no budget."""
-    reason: str
-    """Why this one."""
 
 
 @dataclass(frozen=True)
@@ -363,76 +342,6 @@ def does_not_fit(
             "one sequence and with adapters of rank 1. Use a device with more memory."
         )
     return Ms4Error("\n".join(lines))
-
-
-# The machine.
-
-
-def find_device(config: RunConfig) -> Device:
-    """The device that will train, and its memory.
-
-    Raises:
-        Ms4Error: `run.device` is `cuda` and there is no such device, or its size is unknown.
-    """
-    wanted = config.run.device
-    if wanted != "cpu":
-        found, why = _nvidia()
-        if found is not None:
-            return found
-        if wanted == "cuda" and config.run.memory_gib is not None:
-            budget = int(config.run.memory_gib * GIB)
-            return Device("cuda", "CUDA device", None, budget, "run.device says so")
-        if wanted == "cuda":
-            raise Ms4Error(
-                f"run.device is `cuda`, but {why}. Plan on the machine that trains, or say in "
-                "run.memory_gib how much memory its GPU has."
-            )
-    reason = "run.device says so" if wanted == "cpu" else f"{why}, and run.device is `auto`"
-    memory = psutil.virtual_memory()
-    limit = min([memory.total, *_memory_limits()])
-    return Device("cpu", "CPU", limit, min(limit, memory.available), reason)
-
-
-def _nvidia() -> tuple[Device | None, str]:
-    """The first GPU that CUDA would show, or why there is none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None and (not visible.strip() or visible.startswith("-1")):
-        return None, "CUDA_VISIBLE_DEVICES hides all GPUs"
-    if shutil.which("nvidia-smi") is None:
-        return None, "nvidia-smi is not installed here"
-    command = ["nvidia-smi", "--query-gpu=memory.total,name", "--format=csv,noheader,nounits"]
-    if visible:
-        command.append(f"--id={visible.split(',')[0].strip()}")
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        return None, "nvidia-smi does not answer"
-    if answer.returncode or not answer.stdout.strip():
-        said = (answer.stderr or answer.stdout).strip().splitlines()
-        return None, f"nvidia-smi finds no GPU ({said[0] if said else 'it says nothing'})"
-    memory, _, name = answer.stdout.strip().splitlines()[0].partition(",")
-    if not memory.strip().isdigit():
-        # GPUs that share the host's memory report none of their own.
-        return None, f"nvidia-smi gives no memory size for {name.strip()}"
-    total = int(memory) * 2**20
-    return Device("cuda", name.strip(), total, total, "nvidia-smi lists it"), ""
-
-
-def _memory_limits() -> Iterator[int]:
-    """Limits of the containers and batch jobs around this process (control groups), in bytes."""
-    groups = Path("/proc/self/cgroup")
-    for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        # Version 2, or 1. In a container the mount's root is the container's own group.
-        name = "memory/memory.limit_in_bytes" if controllers else "memory.max"
-        group = Path(path.lstrip("/"))
-        for level in (group, *group.parents):
-            limit = CGROUPS / Path(name).parent / level / Path(name).name
-            text = limit.read_text(encoding="ascii").strip() if limit.is_file() else ""
-            if text.isdigit() and int(text) > 0:
-                yield int(text)
 
 
 # The stage.

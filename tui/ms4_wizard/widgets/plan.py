@@ -6,7 +6,8 @@ from rich.table import Table
 from rich.text import Text
 from textual.widgets import Static
 
-from ms4.plan import GIB, size
+from ms4.device import GIB
+from ms4.plan import size
 from ms4_wizard.costs import Cost
 
 BAR = 26
