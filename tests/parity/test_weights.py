@@ -37,6 +37,18 @@ def test_descale_is_the_bf16_product_to_the_bit():
         assert torch.equal(fp8.descale(codes, scale), codes.bfloat16() * scale)
 
 
+@pytest.mark.parametrize("shape", [(6, 10), (3, 7), (4, 1030, 1028), (2, 4, 8), (3, 1, 5)])
+def test_descale_by_table_is_the_product_to_the_bit(shape):
+    """Of every code, NaN too; one scale, or one an expert; an odd count; more than one chunk."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8).view(fp8.FP8)
+    scale = torch.rand(shape[0], 1, 1) if len(shape) == 3 else torch.rand(())
+    made = fp8.descale(codes, scale.bfloat16())
+    wanted = fp8.descale_plain(codes, scale.bfloat16())
+    assert made.shape == codes.shape
+    assert torch.equal(made.view(torch.int16), wanted.view(torch.int16))
+
+
 def test_fp8_quantize_is_a_fixed_point_and_near():
     torch.manual_seed(0)
     weight = torch.randn(4, 64, 96) * torch.tensor([1.0, 1e-3, 30.0, 0.0])[:, None, None]
@@ -65,6 +77,32 @@ def test_nf4_kernel_plain_and_bitsandbytes_agree(shape):
         theirs = bnb.dequantize_4bit(codes, state).view(shape[1:])
         assert torch.equal(plain[e].bfloat16(), theirs)
     assert 0.05 < relative(plain, weight) < 0.11
+
+
+def fp8_weights(kind):
+    """FP8 codes [3, 256, 512] and scales of weights of a kind."""
+    torch.manual_seed(0)
+    weight = torch.randn(3, 256, 512)
+    if kind == "heavy-tailed":
+        weight = torch.distributions.StudentT(2.0).sample(weight.shape)
+    elif kind == "zero blocks":
+        weight[:, ::2] = 0
+    elif kind == "one outlier":
+        weight[1, 3, 5] = 3e4
+    elif kind == "all zero":
+        weight.zero_()
+    return fp8.quantize(weight * torch.tensor([1e-3, 1.0, 30.0])[:, None, None])
+
+
+@pytest.mark.parametrize(
+    "kind", ["normal", "heavy-tailed", "zero blocks", "one outlier", "all zero"]
+)
+def test_nf4_straight_from_fp8_is_bitsandbytes_of_bf16_to_the_bit(kind):
+    codes, scale = fp8_weights(kind)
+    ours = nf4.quantize_fp8(codes, scale).by_suffix()
+    theirs = nf4.quantize(fp8.descale(codes, scale)).by_suffix()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
 
 
 def test_nf4_of_one_expert_is_the_slice_of_all():

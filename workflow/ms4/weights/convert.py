@@ -70,11 +70,11 @@ class Source:
         names = [name for tensor in spec.tensors(self.dims) for name in tensor.scales()]
         return {name: self.read(name).to(torch.float64).flatten().tolist() for name in names}
 
-    def descaled(self, tensor: spec.Tensor) -> torch.Tensor:
-        """One parameter in BF16, its scale applied.
+    def coded(self, tensor: spec.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One parameter as it is stored, and its scale if it has one, both checked.
 
         Raises:
-            Ms4Error: its dtype or shape is not the table's, or a scale is not a positive number.
+            Ms4Error: a dtype or shape is not the table's, or a scale is not a positive number.
         """
         weight = self.read(tensor.disk)
         wanted = fp8.FP8 if tensor.dtype == "F8_E4M3" else torch.bfloat16
@@ -84,13 +84,13 @@ class Source:
                 f"{weight.dtype} {tuple(weight.shape)}, not {wanted} {tensor.shape}."
             )
         if tensor.dtype != "F8_E4M3":
-            return weight
+            return weight, None
         scale = self.read(tensor.scale)
         if tuple(scale.shape) != tensor.scales()[tensor.scale]:
             raise Ms4Error(f"{tensor.scale}: shape {tuple(scale.shape)} is not the table's.")
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise Ms4Error(f"{tensor.scale}: a scale is zero, negative or not a number.")
-        return fp8.descale(weight, scale)
+        return weight, scale
 
 
 def base_tensors(dims: spec.Dimensions, experts: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -123,12 +123,14 @@ def _make_piece(
     """Convert some tensors into one file; returns its manifest entry, with the tensors' names."""
     made: dict[str, torch.Tensor] = {}
     for tensor in tensors:
-        weight = source.descaled(tensor)
-        if tensor.role == "experts" and experts == "nf4":
-            packed = nf4.quantize(weight).by_suffix()
+        weight, scale = source.coded(tensor)
+        if scale is None:
+            made[tensor.disk] = weight
+        elif tensor.role == "experts" and experts == "nf4":
+            packed = nf4.quantize_fp8(weight, scale).by_suffix()
             made.update({tensor.disk + suffix: value for suffix, value in packed.items()})
         else:
-            made[tensor.disk] = weight
+            made[tensor.disk] = fp8.descale(weight, scale)
     temporary = path.with_name(f".{path.name}.tmp")
     save_file(made, temporary, metadata={"format": "pt"})
     temporary.chmod(0o644)

@@ -8,11 +8,18 @@ Shape letters: E experts, O out, I in, K = O·I elements of an expert, B = K/64 
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 from typing import Any
 
 import bitsandbytes.functional as bnb
+import numpy as np
+import numpy.typing as npt
 import torch
+
+from ms4.weights import fp8
 
 BLOCK = 64
 """Elements that share one absmax."""
@@ -21,6 +28,8 @@ GROUP = 256
 MAX_EXPERTS = 64
 """Experts in one call: bitsandbytes counts elements in int32, and 64 experts of the published model
 hold 2**30 elements of gate_up_proj."""
+BLOCKS_AT_ONCE = 1 << 14
+"""Blocks that are looked up at once: what comes and goes stays in the cache."""
 SUFFIXES = (".nf4", ".absmax", ".absmax_scale", ".absmax_offset")
 
 
@@ -55,23 +64,87 @@ def packed_shapes(experts: int, elements: int) -> dict[str, tuple[str, tuple[int
 
 def quantize(weight_EOI: torch.Tensor) -> Packed:
     """Quantize the experts one by one with bitsandbytes; an expert must be whole blocks of 64."""
-    if weight_EOI[0].numel() % BLOCK:
-        raise ValueError(f"{weight_EOI[0].numel()} weights an expert are no multiple of {BLOCK}")
-    codes, absmax, scale, offset = [], [], [], []
+    _check_blocks(weight_EOI)
+    codes, absmax = [], []
     for expert in weight_EOI:
-        packed, state = bnb.quantize_4bit(
-            expert.contiguous(), blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
-        )
+        packed, state = bnb.quantize_4bit(expert.contiguous(), blocksize=BLOCK, quant_type="nf4")
         codes.append(packed.flatten())
         absmax.append(state.absmax)
-        scale.append(state.state2.absmax)
-        offset.append(state.offset.reshape(()))
-    return Packed(
-        torch.stack(codes),
-        torch.stack(absmax),
-        torch.stack(scale).to(torch.float32),
-        torch.stack(offset).to(torch.float32),
-    )
+    return _with_packed_absmax(torch.stack(codes), torch.stack(absmax))
+
+
+def quantize_fp8(codes_EOI: torch.Tensor, scale_E11: torch.Tensor) -> Packed:
+    """FP8 codes with a scale an expert → the NF4 that `quantize` makes of the BF16 products, to the
+    bit, but without them; on the CPU and on as many threads as torch has.
+
+    A block's largest magnitude is that of one of its codes, so which NF4 value is nearest to a
+    weight depends on nothing but the block's largest code and the weight's: with a given scale that
+    is a table of 128 · 256 entries, here for two codes at once.
+
+    Args:
+        codes_EOI: float8_e4m3fn; an expert must be whole blocks of 64.
+        scale_E11: bfloat16, positive.
+    """
+    _check_blocks(codes_EOI)
+    experts = codes_EOI.shape[0]
+    blocks_EBW = codes_EOI.contiguous().view(torch.uint8).numpy().reshape(experts, -1, BLOCK)
+    codes = torch.empty(experts, codes_EOI[0].numel() // 2, dtype=torch.uint8)
+    packed = codes.numpy().reshape(experts, -1, BLOCK // 2)
+    largest = np.empty(blocks_EBW.shape[:2], np.uint8)
+
+    def look_up(task: tuple[int, int]) -> None:
+        expert, start = task
+        block = blocks_EBW[expert, start : start + BLOCKS_AT_ONCE]
+        span = slice(start, start + len(block))
+        np.max(block & 127, axis=1, out=largest[expert, span])
+        index = largest[expert, span].astype(np.uint32)[:, None] << 16 | block.view(np.uint16)
+        np.take(_pair_table(scales[expert]), index, out=packed[expert, span], mode="wrap")
+
+    scales = scale_E11.flatten().tolist()
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        starts = range(0, blocks_EBW.shape[1], BLOCKS_AT_ONCE)
+        list(threads.map(look_up, product(range(experts), starts)))
+    rows = torch.from_numpy(largest).int()
+    absmax = torch.stack([_products(x)[row] for x, row in zip(scales, rows, strict=True)])
+    return _with_packed_absmax(codes, absmax)
+
+
+@lru_cache(maxsize=16)
+def _products(scale: float) -> torch.Tensor:
+    """The BF16 products of all 256 codes with a scale, as float32."""
+    return fp8.descale(
+        torch.arange(256, dtype=torch.uint8).view(fp8.FP8), torch.tensor(scale)
+    ).float()
+
+
+@lru_cache(maxsize=4)
+def _pair_table(scale: float) -> npt.NDArray[np.uint8]:
+    """A byte of two NF4 codes by (largest code of the block, second code, first code)."""
+    values, _ = _tables(torch.device("cpu"))
+    weight = _products(scale)
+    # Codes above the block's largest do not occur in it. bitsandbytes multiplies by the inverse,
+    # and takes the nearest value by comparing with the middles between them.
+    inverse = torch.where(weight[:128] > 0, 1.0 / weight[:128], 0.0)
+    share = (weight * inverse[:, None]).nan_to_num().clamp(-1, 1)
+    nearest = torch.bucketize(share, (values[1:] + values[:-1]) / 2).to(torch.uint8).numpy()
+    table: npt.NDArray[np.uint8] = nearest[:, None, :] << 4 | nearest[:, :, None]
+    return table.reshape(-1)
+
+
+def _check_blocks(weight_EOI: torch.Tensor) -> None:
+    if weight_EOI[0].numel() % BLOCK:
+        raise ValueError(f"{weight_EOI[0].numel()} weights an expert are no multiple of {BLOCK}")
+
+
+def _with_packed_absmax(codes: torch.Tensor, absmax_EB: torch.Tensor) -> Packed:
+    """Quantize the blocks' magnitudes as bitsandbytes does: less their mean, in 8 bits."""
+    packed, scale = [], []
+    offset = absmax_EB.mean(dim=1)
+    for row, mean in zip(absmax_EB, offset, strict=True):
+        quantized, state = bnb.quantize_blockwise(row - mean, blocksize=GROUP)
+        packed.append(quantized.flatten())
+        scale.append(state.absmax.to(torch.float32))
+    return Packed(codes, torch.stack(packed), torch.stack(scale), offset)
 
 
 _TABLES: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
