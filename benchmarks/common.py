@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ms4 import config
-from ms4_wizard import cli, emit
+from ms4_wizard import cli, emit, project
 from ms4_wizard.questions import Answers, Draft
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -29,8 +29,8 @@ def make_project(root: Path, change: Callable[[dict[str, Any]], object]) -> Path
     draft = Draft.of(cli.read_answers(str(CHECKOUT / "examples/answers.yaml"), []))
     change(draft.values)
     answers = config.check(draft.values, "the demo's answers", model=Answers)
-    files = emit.project_files(emit.relocate(answers, CHECKOUT, root.absolute()))
-    emit.write_project(root, files)
+    files = emit.project_files(emit.relocate(answers, CHECKOUT, root))
+    project.write_project(root, files, answers.where)
     return root
 
 

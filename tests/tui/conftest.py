@@ -33,3 +33,15 @@ def answers() -> Answers:
             "where": {"run": "slurm", "partition": "input", "account": "007", "hours": 12},
         }
     )
+
+
+def contents(root: Path) -> dict[str, bytes | str]:
+    """Every file and link under a directory."""
+    found: dict[str, bytes | str] = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if path.is_symlink():
+            found[name] = str(path.readlink())
+        elif path.is_file():
+            found[name] = path.read_bytes()
+    return found

@@ -15,27 +15,16 @@ import yaml
 import ms4
 from ms4 import config
 from ms4.errors import Ms4Error
-from ms4_wizard import cli, emit
+from ms4_wizard import cli, emit, project
 from ms4_wizard.questions import Answers
 from tests.commands import CHECKOUT, run, snakemake
+from tests.tui.conftest import contents
 
 DRY_RUNS = [["-n"], ["--lint"], ["--profile", "local", "-n"], ["--profile", "slurm", "-n"]]
 
 
 def write(answers: Answers, directory: Path, *, overwrite: bool = False) -> list[str]:
     return cli.write_from_answers(answers, directory, overwrite=overwrite)
-
-
-def contents(root: Path) -> dict[str, bytes | str]:
-    """Every file and link under a directory."""
-    found: dict[str, bytes | str] = {}
-    for path in sorted(root.rglob("*")):
-        name = str(path.relative_to(root))
-        if path.is_symlink():
-            found[name] = str(path.readlink())
-        elif path.is_file():
-            found[name] = path.read_bytes()
-    return found
 
 
 # What is written.
@@ -141,7 +130,14 @@ def test_directories_where_links_cannot_be_made(
     # The copy follows what it is a copy of.
     changed = answers.where.model_copy(update={"partition": "other"})
     write(answers.model_copy(update={"where": changed}), place / "project")
-    assert "'other'" in (place / "project/slurm/config.yaml").read_text()
+    copy = place / "project/slurm/config.yaml"
+    assert "'other'" in copy.read_text()
+    # And what is edited in it is not lost.
+    copy.write_text(copy.read_text() + "# mine\n")
+    with pytest.raises(Ms4Error, match=r"replaced: slurm/config\.yaml"):
+        write(answers, place / "project")
+    write(answers, place / "project", overwrite=True)
+    assert copy.with_name("config.yaml.bak").read_text().endswith("# mine\n")
 
 
 # Paths.
@@ -160,7 +156,7 @@ def test_paths(place: Path) -> None:
     assert moved.data.test == {"x": "../../../e"}
     assert moved.model.source == "../../here"
     back = emit.relocate(moved, place / "deep/project", place)
-    assert back.data.train == ("a", "/abs/b", str(home / "c"), "~d")
+    assert back.data.train == ("a", "/abs/b", str(home / "c"), "./~d")
     assert back.model.source == "./here"
 
 
@@ -224,6 +220,11 @@ def test_edits_are_not_lost(place: Path, answers: Answers) -> None:
     assert contents(root) == before
     told = write(other, root, overwrite=True)
     assert (root / "profiles/slurm/config.yaml.bak").read_text().endswith("# mine too\n")
+    profile.write_bytes(b"# mine again \xff\n")
+    write(answers, root, overwrite=True)
+    assert (root / "profiles/slurm/config.yaml.bak").read_text().endswith("# mine too\n")
+    assert (root / "profiles/slurm/config.yaml.bak2").read_bytes() == b"# mine again \xff\n"
+    write(other, root)
     assert "train:runtime=180" in profile.read_text()
     assert train.read_text().endswith("# mine\n")
 
@@ -237,7 +238,7 @@ def test_a_write_that_fails_leaves_nothing(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
-    monkeypatch.setattr(emit, "write_text", full)
+    monkeypatch.setattr(project, "write_text", full)
     before = contents(place)
     with pytest.raises(Ms4Error, match="No space left on device"):
         write(answers, place / "project")
@@ -246,8 +247,88 @@ def test_a_write_that_fails_leaves_nothing(
 
 
 def test_a_directory_that_cannot_be_made(place: Path, answers: Answers) -> None:
-    with pytest.raises(Ms4Error, match=r"project: cannot be written \("):
+    with pytest.raises(Ms4Error, match=r"project: cannot be used \("):
         write(answers, place / "train.jsonl/project")
+
+
+def test_answer_given_again_after_an_edit_is_written(place: Path, answers: Answers) -> None:
+    """The edit of a value is not "kept": the answers say otherwise. That of a comment is."""
+    root = place / "project"
+    write(answers, root)
+    file = root / "config/config.yaml"
+    written = file.read_text()
+    file.write_text(written.replace("rank: 8", "rank: 16"))
+    with pytest.raises(project.EditedError):
+        write(answers, root)
+    assert any("config/config.yaml" in line for line in write(answers, root, overwrite=True))
+    assert file.read_text() == written
+    file.write_text(f"# mine\n{written}")
+    assert "kept as you edited it: config/config.yaml" in write(answers, root)
+    assert file.read_text() == f"# mine\n{written}"
+
+
+def test_dry_run_over_a_project_says_what_would_be_done(place: Path, answers: Answers) -> None:
+    root = place / "project"
+    write(answers, root)
+    other = answers.model_copy(update={"seed": 3})
+    before = contents(root)
+    told = cli.write_from_answers(other, root, dry_run=True)
+    assert told[1:] == ["  written: config/config.yaml"]
+    assert contents(root) == before
+    file = root / "config/config.yaml"
+    file.write_text(file.read_text().replace("rank: 8", "rank: 16"))
+    with pytest.raises(project.EditedError):
+        cli.write_from_answers(other, root, dry_run=True)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_link_on_the_way(place: Path, answers: Answers, exists: bool) -> None:
+    """Scratch directories are links on most clusters: paths lead where they say from both ends."""
+    (place / "far/away").mkdir(parents=True)
+    (place / "link").symlink_to("far/away")
+    if exists:
+        (place / "far/away/project").mkdir()
+    write(answers, Path("link/project"))
+    loaded = config.load(place / "far/away/project/config/config.yaml")
+    assert loaded.data.train == ("../../../train.jsonl",)
+    assert snakemake("-n", cwd=place / "far/away/project").returncode == 0
+    assert project.read_project(Path("link/project")) == answers
+    # `..` after a link in the data's own path
+    (place / "far/data.jsonl").write_bytes((place / "train.jsonl").read_bytes())
+    moved = emit.relocate(
+        Answers.model_validate({"data": {"train": ["link/../data.jsonl"]}}), place, place / "p"
+    )
+    assert moved.data.train == ("../far/data.jsonl",)
+
+
+def test_an_empty_directory_in_one_that_is_not_ours(place: Path, answers: Answers) -> None:
+    """A mount, or a directory that an administrator made: nothing is written beside it."""
+    (place / "theirs/mine").mkdir(parents=True)
+    watched = place / "theirs"
+    made_before = watched.stat().st_mtime_ns
+    write(answers, watched / "mine")
+    assert watched.stat().st_mtime_ns == made_before
+    assert sorted(path.name for path in (watched / "mine").iterdir()) == [
+        *(".gitignore", "README.md", "Snakefile", "config", "local", "profiles", "rules", "slurm")
+    ]
+
+
+def test_hub_id_stays_one_where_a_directory_is_called_so(place: Path, answers: Answers) -> None:
+    named = answers.model_copy(
+        update={"model": answers.model.model_copy(update={"source": "owner/name"})}
+    )
+    moved = emit.relocate(named, place, place / "p")
+    assert moved.model.source == "owner/name"
+    (place / "owner/name").mkdir(parents=True)
+    assert emit.relocate(moved, place / "p", place).model.source == "owner/name"
+    assert emit.relocate(named, place, place / "p").model.source == "../owner/name"
+
+
+def test_names_entered_in_the_profile_come_back(place: Path, answers: Answers) -> None:
+    write(answers, place / "project")
+    file = place / "project/profiles/slurm/config.yaml"
+    file.write_text(file.read_text().replace("'input'", "h200-long"))
+    assert project.read_project(place / "project").where.partition == "h200-long"
 
 
 # Reading it again.
@@ -255,25 +336,25 @@ def test_a_directory_that_cannot_be_made(place: Path, answers: Answers) -> None:
 
 def test_answers_come_back(place: Path, answers: Answers) -> None:
     write(answers, place / "deep/project")
-    assert emit.read_project(place / "deep/project") == answers
+    assert project.read_project(place / "deep/project") == answers
 
 
 def test_edited_configuration_is_what_comes_back(place: Path, answers: Answers) -> None:
     write(answers, place / "project")
     file = place / "project/config/config.yaml"
     file.write_text(file.read_text().replace("seed: 0", "seed: 99"))
-    assert emit.read_project(place / "project").seed == 99
+    assert project.read_project(place / "project").seed == 99
     file.write_text(file.read_text().replace("seed: 99", "seed: many"))
     with pytest.raises(Ms4Error, match=r"config\.yaml:\d+: seed: Input should be a valid integer"):
-        emit.read_project(place / "project")
+        project.read_project(place / "project")
 
 
 @pytest.mark.parametrize("note", ["[]", "{}", '{"files": {"a": 1}, "where": {}}', "{"])
 def test_damaged_note(place: Path, answers: Answers, note: str) -> None:
     write(answers, place / "project")
     (place / "project/config/project.json").write_text(note)
-    with pytest.raises(Ms4Error, match=r"project\.json: not "):
-        emit.read_project(place / "project")
+    with pytest.raises(Ms4Error, match=r"project\.json: not the note .*Restore it"):
+        project.read_project(place / "project")
 
 
 # The version that wrote it.
@@ -285,7 +366,7 @@ def test_damaged_note(place: Path, answers: Answers, note: str) -> None:
         (ms4.__version__, None),
         (ms4.__version__ + ".post1", None),
         ("9.7.1", "ms4 9.7.1 wrote this project's rules, but ms4 "),
-        (None, "names no `ms4_version`"),
+        (None, "names no `ms4_version`. Restore it"),
     ],
 )
 def test_version_is_checked_by_the_rules(
@@ -301,5 +382,6 @@ def test_version_is_checked_by_the_rules(
     assert "Traceback" not in answer.stdout
     if message:
         assert message in answer.stdout
+    if version is not None:
         write(answers, place / "project")  # as the message says
         assert snakemake("-n", cwd=place / "project").returncode == 0

@@ -78,7 +78,6 @@ def test_schema_says_what_an_answers_file_may_hold(place: Path) -> None:
     schema = json.loads(out)
     for name in ("answers", "qlora-text"):
         values = yaml.safe_load((CHECKOUT / f"examples/{name}.yaml").read_text())
-        values["train"]["learning_rate"] = float(values["train"]["learning_rate"])
         jsonschema.validate(values, schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"data": {"train": ["a"]}, "sed": 1}, schema)
@@ -102,7 +101,23 @@ def test_schema_says_what_an_answers_file_may_hold(place: Path) -> None:
         (["--answers", "-", "p"], "seed: x\nsed: 1", "standard input:2: sed: unknown key; did you"),
         (["--answers", "-", "p"], "seed: x\nsed: 1", "standard input: data.train: is missing"),
         (["--answers", "-", "p"], "where: {run: moon}\ndata: {train: [a]}", "where.run: Input"),
-        (["--answers", "-", "p"], "data: {train: [a, b]}", "data.train: no such file: b"),
+        (
+            ["--answers", "-", "p"],
+            "data: {train: [a, b]}",
+            "data.train: no such file: a; no such file: b",
+        ),
+        (["--answers", "-", "x" * 300], LEAST, "cannot be used (File name too long)"),
+        (["--answers", "-", "p", "--set", "run.memory_gib=1e300"], LEAST, "less than or equal"),
+        (["--answers", "-", "p", "--set", "seed=-1"], LEAST, "--set seed: Input should be greater"),
+        (["--answers", "-", "p"], 'seed: !!int "abc"', "standard input: not valid YAML"),
+        (["--answers", "-", "p"], "seed: !!bool x", "standard input: not valid YAML"),
+        (["--answers", "-", "p"], "seed: !!timestamp x", "standard input: not valid YAML"),
+        (["--answers", "-", "p"], "data: {train: [2026-02-30]}", "standard input: not valid YAML"),
+        (["--answers", "-", "p"], "seed: 0b_", "standard input: not valid YAML"),
+        (["--answers", "-", "p"], "[" * 5000, "standard input: not valid YAML"),
+        (["--answers", "-", "p"], "a: &a [1]\nb: *a", "line 2: aliases are not read"),
+        (["--answers", "-", "p"], "data: !!python/object/apply:os.system [id]", "not valid YAML"),
+        (["--answers", "-", "p"], 'data: {train: ["a\\e]0;x"]}', "no such file: a\\x1b]0;x"),
         (["--answers", "-", "p"], "data: 3", "standard input:1: data: Input should be"),
         (["--answers", "-", "p", "--set", "data.train=x"], "data: 3", "`data` is not a section"),
         (["--answers", "-", "p", "--set", "sed=1"], LEAST, "unknown key `sed`"),
@@ -151,7 +166,7 @@ def test_edited_file_needs_overwrite(place: Path) -> None:
     assert "config/config.yaml. With --overwrite" in err
     code, out, _ = wizard(place, *arguments, "--overwrite", typed=LEAST)
     assert code == 0
-    assert "what you edited is config/config.yaml.bak" in out
+    assert "replaced, and what you edited kept beside it as a .bak: config/config.yaml" in out
     assert (place / "p/config/config.yaml.bak").read_text().endswith("# mine\n")
 
 

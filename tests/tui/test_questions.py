@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ms4 import plan, spec
+from ms4.device import GIB
 from ms4.errors import Ms4Error
 from ms4_wizard.questions import (
     STEPS,
-    Answers,
     Draft,
     Question,
-    _annotation,
+    field_type,
     read_setting,
 )
 
@@ -45,7 +46,7 @@ def test_screens_in_their_order() -> None:
 
 @pytest.mark.parametrize("question", QUESTIONS.values(), ids=lambda q: q.field)
 def test_question(question: Question) -> None:
-    _annotation(question.field)  # raises if there is no such field
+    field_type(question.field)  # raises if there is no such field
     assert bool(question.choices) == (question.form in ("choice", "several"))
     # On a screen of 80 columns 42 are left for a question.
     assert len(question.ask) <= 42
@@ -59,7 +60,7 @@ def test_question(question: Question) -> None:
 )
 def test_what_runs_is_offered_and_nothing_else(question: Question) -> None:
     offered = {choice.value for choice in question.choices}
-    possible = values(_annotation(question.field))
+    possible = values(field_type(question.field))
     assert offered <= possible
     wrap = (lambda v: [v]) if question.form == "several" else (lambda v: v)
     assert offered == {value for value in possible if accepted(question.field, wrap(value))}
@@ -116,7 +117,7 @@ def test_bad_setting(setting: str, message: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-@given(st.text())
+@given(st.text(min_size=1).filter(lambda text: text != "null"))
 def test_any_text_can_be_a_source(text: str) -> None:
     assert read_setting(f"model.source={text}") == ("model.source", text)
 
@@ -146,21 +147,35 @@ def test_typed_answers() -> None:
     assert again.run.memory_gib is None
 
 
-def test_what_is_shown_and_not_changed_stays() -> None:
+@pytest.mark.parametrize(
+    ("values", "typed"),
+    [
+        ({"train": ["a", " b ", "=", "é"]}, True),
+        ({"train": ["new\nline"]}, False),
+        ({"train": ["a\x1b]0;x"]}, False),
+        ({"train": ["a\x85b"]}, False),
+        ({"train": ["a\u2028b"]}, False),
+        ({"train": [" "]}, False),
+        ({}, True),
+    ],
+)
+def test_what_survives_being_typed(values: dict[str, Any], typed: bool) -> None:
     """A path with a line break cannot be typed, but an answers file can give it."""
-    answers = Answers.model_validate({"data": {"train": ["new\nline", " b "], "test": {"a": "\n"}}})
-    draft = Draft.of(answers)
-    for question in QUESTIONS.values():
-        if question.form not in ("choice", "several"):
-            draft.answer(question, draft.text(question))
-    assert draft.check()[0] == answers
+    draft = Draft({"data": values})
+    question = QUESTIONS["data.train"]
+    assert draft.can_be_typed(question) == typed
+    if typed and values:
+        draft.answer(question, draft.text(question))
+        assert draft.get("data.train") == values["train"]
 
 
 @pytest.mark.parametrize(
     ("field", "text", "message"),
     [
         ("data.train", "", "at least 1 item"),
-        ("data.test", "no name", "should match pattern"),
+        ("data.test", "no name", "`no name`: write name = path"),
+        ("data.test", "a b = c", "should match pattern"),
+        ("data.test", "a = b\na = c", "`a` is given twice"),
         ("data.sequence_length", "few", "valid integer"),
         ("data.sequence_length", "", "valid integer"),
         ("run.memory_gib", "-1", "greater than 0"),
@@ -176,6 +191,18 @@ def test_fault_is_at_its_question(field: str, text: str, message: str) -> None:
     assert answers is None
     assert set(faults) == {field}
     assert message in faults[field]
+
+
+def test_sizes_that_the_choices_name() -> None:
+    """They are text; the planner computes the same."""
+    full = spec.Dimensions()
+    share = spec.parameters_by_role(full)["experts"] / spec.PUBLISHED_PARAMETERS
+    sizes = {kind: plan.expert_bytes(full, kind) / GIB for kind in ("nf4", "bf16")}
+    question = QUESTIONS["model.experts"]
+    assert f"{share:.0%}".replace("%", " %") in question.advice
+    meanings = {choice.value: choice.meaning for choice in question.choices}
+    assert f"{sizes['nf4']:.1f} GiB" in meanings["nf4"]
+    assert f"{sizes['bf16']:.0f} GiB" in meanings["bf16"]
 
 
 def test_missing_and_unknown() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Button, Input, OptionList, TextArea
 
-from ms4_wizard import cli, costs, emit
+from ms4_wizard import cli, project
 from ms4_wizard.app import WizardApp
 from ms4_wizard.flow import Flow
 from ms4_wizard.questions import STEPS, Answers, Draft
@@ -20,6 +21,7 @@ from ms4_wizard.screens.step import StepScreen
 from ms4_wizard.widgets.answer import Answer
 from ms4_wizard.widgets.choices import Choices
 from ms4_wizard.widgets.plan import PlanPanel
+from tests.tui.conftest import contents
 
 # A machine of a known size: the plan on the screens depends on it.
 VALUES: dict[str, Any] = {
@@ -40,6 +42,7 @@ def drive(app: WizardApp, how: Drive, size: tuple[int, int] = (80, 24)) -> list[
 
     async def run() -> list[str] | None:
         async with app.run_test(size=size) as pilot:
+            await app.workers.wait_for_complete()  # it looks at the machine
             await pilot.pause()
             await how(pilot)
         return app.return_value
@@ -66,8 +69,16 @@ def shown(pilot: Pilot[Any]) -> str:
     return "\n".join(str(fault.render()) for fault in faults)
 
 
-def plan(pilot: Pilot[Any]) -> costs.Cost | str:
-    return pilot.app.screen.flow.cost()  # type: ignore[attr-defined]
+def plan(pilot: Pilot[Any]) -> str:
+    """The panel's text, as it is drawn."""
+    panel = pilot.app.screen.query_one(PlanPanel)
+    return "\n".join(strip.text for strip in panel.render_lines(panel.size.region))
+
+
+def peak(pilot: Pilot[Any]) -> float:
+    found = re.search(r"at its fullest, GiB +([\d.]+)", plan(pilot))
+    assert found is not None, plan(pilot)
+    return float(found[1])
 
 
 # From the first screen to the project.
@@ -99,7 +110,7 @@ def test_from_nothing_to_a_project(place: Path) -> None:
     told = drive(app_of({}), how)
     assert told is not None
     assert told[-1] == "  snakemake --profile slurm"
-    read = emit.read_project(place / "project")
+    read = project.read_project(place / "project")
     assert read == Answers.model_validate(
         {
             "model": {"source": "tiny", "experts": "bf16"},
@@ -125,11 +136,7 @@ def test_same_bytes_as_headless(place: Path) -> None:
 
     drive(app_of(VALUES, "screens"), how)
     cli.write_from_answers(Answers.model_validate(VALUES), Path("headless"))
-    names = [path.relative_to(place / "headless") for path in (place / "headless").rglob("*")]
-    assert len(names) > 15
-    for name in names:
-        one, other = place / "headless" / name, place / "screens" / name
-        assert one.is_dir() or one.read_bytes() == other.read_bytes(), name
+    assert contents(place / "headless") == contents(place / "screens")
 
 
 # Each screen.
@@ -141,7 +148,7 @@ def test_screen_asks_its_questions_and_goes_back(place: Path, step: Any) -> None
         await go_to(pilot, step.key)
         asked = [widget.question for widget in pilot.app.screen.query(Answer)]
         assert tuple(asked) == step.questions
-        assert pilot.app.screen.query_one(PlanPanel).display
+        assert peak(pilot) == 68.92
         first = pilot.app.screen.query("Input, TextArea, Choices").first()
         assert pilot.app.screen.focused is first
         if step.key == "data":
@@ -180,16 +187,21 @@ def test_going_back_loses_nothing(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("field", "text", "message"),
     [
-        ("", "at least 1 item"),
-        ("nowhere.jsonl", "no such file: nowhere.jsonl"),
-        ("sets", "no such"),
+        ("data.train", "", "at least 1 item"),
+        ("data.train", "nowhere.jsonl", "no such file: nowhere.jsonl"),
+        ("data.train", "sets", "no such file: sets"),
+        ("data.train", "a\nb", "no such file: a; no such file: b"),
+        ("data.train", "x" * 300, "File name too long"),
+        ("data.test", "held = nowhere", "held: no such file: nowhere"),
+        ("data.test", "a = train.jsonl\na = train.jsonl", "`a` is given twice"),
+        ("data.test", "train.jsonl", "`train.jsonl`: write name = path"),
     ],
 )
-def test_data_that_is_not_there(place: Path, text: str, message: str) -> None:
+def test_data_that_is_not_there(place: Path, field: str, text: str, message: str) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
-        answer(pilot, "data.train").query_one(TextArea).text = text
+        answer(pilot, field).query_one(TextArea).text = text
         await pilot.press("ctrl+n")
         await pilot.pause()
         assert pilot.app.screen.step.key == "data"  # type: ignore[attr-defined]
@@ -210,20 +222,21 @@ def test_nothing_is_wrong_before_anything_is_typed(place: Path) -> None:
 
 def test_the_plan_follows_each_key(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
-        first = plan(pilot)
-        assert isinstance(first, costs.Cost)
-        assert first.fits
         await go_to(pilot, "memory")
-        await pilot.press("tab", "tab", "end", *"00")  # 204800 tokens
-        longer = plan(pilot)
-        assert isinstance(longer, costs.Cost)
-        assert longer.plan.peak > first.plan.peak
-        assert not longer.fits
+        before = peak(pilot)
+        assert "fits: 10.1 GiB left of 79.0 GiB" in plan(pilot)
+        await pilot.press("tab", "tab", "end", "0")  # 20480 tokens
+        await pilot.pause()
+        assert peak(pilot) > before
+        await pilot.press("0")
+        await pilot.pause()
+        assert "does not fit" in plan(pilot)
         await pilot.press("x")
-        assert plan(pilot) == (
-            "No plan yet. data.sequence_length: Input should be a valid integer, unable to parse "
-            "string as an integer"
-        )
+        await pilot.pause()
+        assert "No plan yet. data.sequence_length:" in plan(pilot)
+        await pilot.press("backspace", "backspace", "backspace")
+        await pilot.pause()
+        assert peak(pilot) == before
 
     drive(app_of(VALUES), how)
 
@@ -283,7 +296,7 @@ def test_project_that_exists_opens_with_its_answers(place: Path, answers: Answer
     cli.write_from_answers(answers, Path("project"))
     file = place / "project/config/config.yaml"
     file.write_text(file.read_text().replace("seed: 0", "seed: 9") + "# mine\n")
-    read = emit.read_project(Path("project"))
+    read = project.read_project(Path("project"))
 
     async def how(pilot: Pilot[list[str]]) -> None:
         text = "\n".join(
@@ -291,6 +304,7 @@ def test_project_that_exists_opens_with_its_answers(place: Path, answers: Answer
         )
         assert "data.train  train.jsonl" in text
         assert "where.account  007" in text
+        pilot.app.screen.flow.draft.set("adapters.rank", 5)  # type: ignore[attr-defined]
         overwrite = pilot.app.screen.query_one("#overwrite")
         assert not overwrite.display
         await pilot.press("ctrl+s")
@@ -305,6 +319,63 @@ def test_project_that_exists_opens_with_its_answers(place: Path, answers: Answer
     assert told is not None
     assert "seed: 9" in file.read_text()
     assert file.with_name("config.yaml.bak").read_text().endswith("# mine\n")
+
+
+@pytest.mark.parametrize("note", ["[]", "{"])
+def test_review_of_a_directory_with_a_damaged_note(
+    place: Path, answers: Answers, note: str
+) -> None:
+    cli.write_from_answers(answers, Path("broken"))
+    (place / "broken/config/project.json").write_text(note)
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        pilot.app.screen.query_one("#directory", Input).value = "broken"
+        await pilot.press("ctrl+s")
+        await pilot.pause()
+        assert "not the note that the wizard wrote" in shown(pilot)
+        pilot.app.screen.query_one("#directory", Input).value = "n" * 300
+        await pilot.press("ctrl+s")
+        await pilot.pause()
+        assert "cannot be used (File name too long)" in shown(pilot)
+
+    drive(app_of(VALUES, opened=True), how)
+
+
+def test_text_that_cannot_be_typed_is_shown_and_kept(place: Path) -> None:
+    """A line break, and what a terminal would take for a command."""
+    names = ["new\nline", "bell\x1b]0;title\x07"]
+    for name in names:
+        (place / name).write_bytes((place / "train.jsonl").read_bytes())
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        text = answer(pilot, "data.train").query_one(TextArea)
+        assert text.disabled
+        assert "\x1b" not in text.text
+        assert "bell\\x1b]0;title" in text.text
+        await go_to(pilot, "where")
+        await pilot.press("ctrl+n")
+        await pilot.pause()
+        drawn = pilot.app.export_screenshot()
+        assert "\x1b" not in drawn
+        await pilot.press("ctrl+s")
+
+    assert drive(app_of({**VALUES, "data": {"train": names}}), how) is not None
+    assert project.read_project(place / "project").data.train == tuple(names)
+
+
+def test_thresholds_of_sets_that_are_gone_go_with_them(place: Path) -> None:
+    """Otherwise the review would refuse what no screen can mend."""
+    values = {**VALUES, "evaluate": {"min_exact_match": {"held": 0.5}}}
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        answer(pilot, "data.test").query_one(TextArea).text = "other = sets/test.jsonl"
+        await go_to(pilot, "where")
+        await pilot.press("ctrl+n")
+        await pilot.pause()
+        await pilot.press("ctrl+s")
+
+    assert drive(app_of(values), how) is not None
+    assert project.read_project(place / "project").evaluate.min_exact_match == {}
 
 
 def test_mouse(place: Path) -> None:

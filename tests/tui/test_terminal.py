@@ -38,6 +38,15 @@ class Terminal:
         for key in keys:
             self._run("send-keys", key)
 
+    def tab(self) -> None:
+        """To the next control. What is typed at once could still reach the one before."""
+        before = self._cursor()
+        self.press("Tab")
+        wait_for(lambda: self._cursor() != before, "the cursor in another control")
+
+    def _cursor(self) -> str:
+        return self._run("display-message", "-p", "#{cursor_x},#{cursor_y}")
+
     def screen(self) -> str:
         return self._run("capture-pane", "-p")
 
@@ -70,11 +79,12 @@ def start(terminal: Terminal, arguments: str = "") -> None:
 def test_screens_to_a_project(place: Path, terminal: Terminal) -> None:
     start(terminal)
     terminal.wait_for("1 of 9")
+    terminal.wait_for("at its fullest")  # it has looked at the machine, and listens
     terminal.press("C-u")
     terminal.type("tiny")
-    terminal.press("Tab")
+    terminal.tab()
     terminal.type("train.jsonl")
-    terminal.press("Tab")
+    terminal.tab()
     terminal.type("held = sets/test.jsonl")
     terminal.press("C-n")
     for number, title in enumerate(

@@ -162,7 +162,7 @@ REFUSED = [
     (
         MINIMAL + f"model: {{source: {'x' * 100}, revision: '{'?' * 100}'}}\n",
         f"c.yaml:2: model.revision: String should match pattern '^[A-Za-z0-9][A-Za-z0-9._/-]*$' "
-        f"(it is '{'?' * 56}...)",
+        f"(it is '{'?' * 27}...{'?' * 28}')",
     ),
     # across fields
     (MINIMAL + "method: full\n", "c.yaml: method: `full` does not run in this version; use `lora`"),

@@ -8,16 +8,17 @@ from textual import on
 from textual.app import App
 from textual.binding import Binding, BindingType
 
+from ms4_wizard import costs
 from ms4_wizard.flow import Flow, Go
 from ms4_wizard.questions import STEPS
 from ms4_wizard.screens.review import ReviewScreen
 from ms4_wizard.screens.step import StepScreen
+from ms4_wizard.widgets.plan import PlanPanel
 
 
 class WizardApp(App[list[str]]):
     """Asks, shows what it costs, and writes the project; returns what to say then, or None."""
 
-    TITLE = "ms4-wizard"
     ENABLE_COMMAND_PALETTE = False
     CSS_PATH = "wizard.tcss"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+q", "quit", "Quit", priority=True)]
@@ -27,8 +28,16 @@ class WizardApp(App[list[str]]):
         self.flow = flow
 
     def on_mount(self) -> None:
-        """A new project begins with the first question, one that exists with all its answers."""
+        """A new project begins with the first question, one that exists with all its answers.
+
+        The first frame does not wait for nvidia-smi."""
+        if not costs.machine_is_known():
+            self.run_worker(self._look_at_the_machine, thread=True)
         self.push_screen(ReviewScreen(self.flow) if self.flow.opened else StepScreen(self.flow, 0))
+
+    def _look_at_the_machine(self) -> None:
+        costs.look_at_the_machine()
+        self.call_from_thread(lambda: self.screen.query_one(PlanPanel).show(self.flow.cost()))
 
     @on(Go)
     def _go(self, event: Go) -> None:

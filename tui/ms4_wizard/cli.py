@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import ms4
-from ms4 import config
-from ms4.errors import Ms4Error
-from ms4_wizard import costs, emit, questions
+from ms4 import config, yaml_text
+from ms4.errors import Ms4Error, printable
+from ms4_wizard import costs, emit, project, questions
 from ms4_wizard.questions import Answers, Draft
 
 DEFAULT_DIRECTORY = Path("ms4-project")
@@ -80,10 +80,10 @@ def read_answers(name: str, settings: Sequence[str]) -> Answers:
     """
     where = "standard input" if name == "-" else name
     try:
-        text = sys.stdin.read() if name == "-" else config.read_text(Path(name), "answers file")
+        text = sys.stdin.read() if name == "-" else yaml_text.read(Path(name), "answers file")
     except UnicodeDecodeError as error:
         raise Ms4Error(f"{where}: cannot be read ({error}).") from error
-    values, root = config.parse_yaml(text, where)
+    values, root = yaml_text.parse(text, where)
     draft = _with_settings(Draft(values), settings)
     return config.check(draft.values, where, root, Answers)
 
@@ -102,16 +102,17 @@ def write_from_answers(
     Raises:
         Ms4Error: it cannot fit, data are missing, or the directory holds something else.
     """
-    emit.is_project(directory)
+    project.read_note(directory)  # before anything else: whether it can be written there
     emit.check_data(answers, Path.cwd())
     refused = costs.refusal(answers, costs.cost(answers))
     if refused is not None:
         raise refused
-    files = emit.project_files(emit.relocate(answers, Path.cwd(), directory.absolute()))
+    files = emit.project_files(emit.relocate(answers, Path.cwd(), directory))
+    told = project.write_project(
+        directory, files, answers.where, overwrite=overwrite, dry_run=dry_run
+    )
     if dry_run:
-        names = sorted([*files, *(f"{link} -> {target}" for link, target in emit.LINKS.items())])
-        return [f"Would be written to {directory}:", *(f"  {name}" for name in names)]
-    told = emit.write_project(directory, files, overwrite)
+        return [f"This would be done in {directory}:", *(f"  {line}" for line in told)]
     return [
         *told,
         f"The project is in {directory}. Next:",
@@ -138,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             told = write_from_answers(
                 answers, directory, dry_run=arguments.dry_run, overwrite=arguments.overwrite
             )
-            print("\n".join(["", *told]))
+            print(printable("\n".join(["", *told])))
             return 0
         if arguments.dry_run or arguments.overwrite or arguments.print_config:
             raise Ms4Error("--dry-run, --overwrite and --print-config go with --answers FILE.")
@@ -147,8 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "there is no terminal for the screens. Give the answers in a file: "
                 "ms4-wizard --answers FILE DIR (--print-schema says what it may hold)."
             )
-        exists = emit.is_project(directory)
-        draft = Draft.of(emit.read_project(directory)) if exists else Draft({})
+        exists = project.read_note(directory) is not None
+        draft = Draft.of(project.read_project(directory)) if exists else Draft({})
         draft = _with_settings(draft, arguments.set)
         # Textual is imported for the screens only.
         from ms4_wizard.app import WizardApp
@@ -158,11 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if written is None:
             print("Nothing was written.")
             return 1
-        print("\n".join(written))
+        print(printable("\n".join(written)))
     except Ms4Error as error:
-        print(f"ms4-wizard: {error}", file=sys.stderr)
+        print(printable(f"ms4-wizard: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("ms4-wizard: interrupted; nothing was written.", file=sys.stderr)
+        print("ms4-wizard: interrupted.", file=sys.stderr)
         return 130
     return 0

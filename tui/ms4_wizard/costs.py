@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from threading import Event
 
 from ms4 import plan, spec
 from ms4.config import RunConfig
@@ -42,10 +43,29 @@ def dimensions(configuration: RunConfig) -> spec.Dimensions:
 
 
 @cache
-def _device(wanted: str, memory_gib: float | None) -> Device:
-    """The device, asked for once and not at each key stroke."""
-    run = {"device": wanted, "memory_gib": memory_gib}
-    return find_device(RunConfig.model_validate({"data": {"train": ["-"]}, "run": run}))
+def _look(wanted: str, budget: bool) -> Device | Ms4Error:
+    """The device, or why there is none: asked for once, and not at each key stroke."""
+    run = {"device": wanted, "memory_gib": 1 if budget else None}
+    try:
+        return find_device(RunConfig.model_validate({"data": {"train": ["-"]}, "run": run}))
+    except Ms4Error as error:
+        return error
+
+
+_KNOWN = Event()
+
+
+def look_at_the_machine() -> None:
+    """Ask for every device that an answer can name; nvidia-smi takes up to seconds."""
+    for wanted in ("auto", "cuda", "cpu"):
+        for budget in (False, True):
+            _look(wanted, budget)
+    _KNOWN.set()
+
+
+def machine_is_known() -> bool:
+    """Whether `cost` answers at once."""
+    return _KNOWN.is_set()
 
 
 def cost(answers: Answers) -> Cost:
@@ -63,7 +83,9 @@ def cost(answers: Answers) -> Cost:
     elif answers.where.run == "slurm":
         kind, name = "cpu", "a node of the cluster"
     else:
-        found = _device(wanted, memory)
+        found = _look(wanted, memory is not None)
+        if isinstance(found, Ms4Error):
+            raise found
         kind, name = found.kind, f"{found.name} ({found.reason})"
         budget = found.free if budget is None else budget
     return Cost(plan.plan(configuration, dimensions(configuration), kind), kind, name, budget)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from textual.message import Message
 
-from ms4.errors import Ms4Error
+from ms4.errors import Ms4Error, printable
 from ms4_wizard import costs, emit
 from ms4_wizard.questions import Answers, Draft
 
@@ -55,18 +55,25 @@ class Flow:
         answers, faults = self.draft.check()
         if files and answers is not None:
             faults = emit.missing_data(answers, Path.cwd())
-        return faults
+        return {field: printable(message) for field, message in faults.items()}
+
+    def all_faults(self) -> str:
+        """What is wrong with all answers, a line each."""
+        faults = self.faults(files=True)
+        return "\n".join(f"{field}: {x}" if field else x for field, x in faults.items())
 
     def cost(self) -> costs.Cost | str:
         """The plan, or why there is none. It is made before the data are named, too."""
+        if not costs.machine_is_known():
+            return "Looking at the machine…"
         draft = Draft(self.draft.values)
         if not draft.get("data.train"):
             draft.set("data.train", ["-"])
         answers, faults = draft.check()
         if answers is None:
             field, message = next(iter(faults.items()))
-            return f"No plan yet. {field + ': ' if field else ''}{message}"
+            return printable(f"No plan yet. {field + ': ' if field else ''}{message}")
         try:
             return costs.cost(answers)
         except Ms4Error as error:
-            return f"No plan: {error}"
+            return printable(f"No plan: {error}")

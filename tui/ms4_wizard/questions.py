@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from ms4 import config
-from ms4.errors import Ms4Error
+from ms4 import config, yaml_text
+from ms4.errors import Ms4Error, printable
 
 SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}$")]
 """Of a partition or an account. Snakemake evaluates what stands in a profile as Python: quoted,
@@ -204,10 +202,10 @@ STEPS: tuple[Step, ...] = (
                 "model.experts",
                 "choice",
                 "How are the routed experts held?",
-                "They are 97 % of the weights. Most people choose nf4.",
+                "97 % of the 119 B model's weights. Most people choose nf4.",
                 (
-                    Choice("nf4", "4 bits: 55.7 GiB for all of them"),
-                    Choice("bf16", "16 bits: 216 GiB, exact"),
+                    Choice("nf4", "4 bits (119 B model: 55.7 GiB)"),
+                    Choice("bf16", "16 bits, exact (119 B model: 216 GiB)"),
                 ),
             ),
         ),
@@ -283,19 +281,17 @@ STEPS: tuple[Step, ...] = (
 
 def schema() -> str:
     """The JSON schema of an answers file."""
-    tree = Answers.model_json_schema()
-    tree["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    tree["title"] = "ms4-wizard answers"
-    return json.dumps(tree, indent=2) + "\n"
+    return config.json_schema(Answers, "ms4-wizard answers")
 
 
-def _annotation(field: str) -> Any:
-    """The type of a dotted field.
+def field_type(field: str) -> Any:
+    """The type of a dotted field, with its limits.
 
     Raises:
         Ms4Error: there is no such field.
     """
     found: Any = Answers
+    limits: list[Any] = []
     for position, name in enumerate(parts := field.split(".")):
         if isinstance(found, type) and issubclass(found, BaseModel):
             known = list(found.model_fields)
@@ -303,12 +299,13 @@ def _annotation(field: str) -> Any:
                 close = difflib.get_close_matches(name, known, n=1)
                 advice = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
                 raise Ms4Error(f"--set {field}: unknown key `{name}`; {advice}")
+            limits = found.model_fields[name].metadata
             found = found.model_fields[name].annotation
         elif get_origin(found) is dict:
-            found = get_args(found)[1]
+            found, limits = get_args(found)[1], []
         else:
             raise Ms4Error(f"--set {field}: `{'.'.join(parts[:position])}` has no keys")
-    return found
+    return Annotated[found, *limits] if limits else found
 
 
 def read_setting(setting: str) -> tuple[str, Any]:
@@ -323,23 +320,24 @@ def read_setting(setting: str) -> tuple[str, Any]:
     field, equals, text = setting.partition("=")
     if not equals:
         raise Ms4Error(f"--set {setting}: needs the form key=value, for example seed=1")
-    adapter: TypeAdapter[Any] = TypeAdapter(_annotation(field))
+    adapter: TypeAdapter[Any] = TypeAdapter(field_type(field))
     candidates: list[Any] = [text]
     if text in ("", "null"):
         candidates.insert(0, None)
     # What is not YAML is text, or nothing that the field can hold.
     with suppress(Ms4Error):
-        tree, _ = config.parse_yaml(f"value: {text}", "")
+        tree, _ = yaml_text.parse(f"value: {text}", "")
         candidates += [tree["value"]] if set(tree) == {"value"} else []
     candidates.append([text])
+    faults = []
     for value in candidates:
         try:
             adapter.validate_python(value)
         except ValidationError as error:
-            fault = error.errors()[0]["msg"]
+            faults.append(error.errors()[0]["msg"])
         else:
             return field, value
-    raise Ms4Error(f"--set {field}: {fault} (it is {text!r})")
+    raise Ms4Error(f"--set {field}: {faults[0]} (it is {text!r})")
 
 
 class Draft:
@@ -349,6 +347,8 @@ class Draft:
         self.values: dict[str, Any] = copy.deepcopy(dict(values))
         # A section that is needed is there, so that what is missing is the field in it.
         self.values.setdefault("data", {})
+        self._typed_wrong: dict[str, str] = {}
+        """Field → what is wrong with its text, where no value can stand for that."""
 
     @classmethod
     def of(cls, answers: Answers) -> Draft:
@@ -399,30 +399,53 @@ class Draft:
         return str(value)
 
     def answer(self, question: Question, text: str) -> None:
-        """Take a typed answer. Text that says what is there already changes nothing: a path with a
-        line break in it, from an answers file, survives being shown."""
-        if text == self.text(question):
-            return
+        """Take a typed answer."""
+        self._typed_wrong.pop(question.field, None)
         value: Any = text
         if question.form == "lines":
-            value = [line for line in text.splitlines() if line.strip()]
+            value = _lines(text)
         elif question.form == "named_lines":
             value = {}
-            for line in filter(str.strip, text.splitlines()):
-                name, equals, path = line.partition("=")
-                value[name.strip() if equals else ""] = path.strip() if equals else line.strip()
+            for line in _lines(text):
+                name, equals, path = (part.strip() for part in line.partition("="))
+                if not equals:
+                    self._typed_wrong[question.field] = f"`{line.strip()}`: write name = path"
+                elif name in value:
+                    self._typed_wrong[question.field] = f"`{name}` is given twice"
+                else:
+                    value[name] = path
+            self._forget_thresholds(value)
         elif not text and _may_be_empty(question.field):
             value = None
         self.set(question.field, value)
+
+    def can_be_typed(self, question: Question) -> bool:
+        """Whether the answer survives being shown and typed. A path with a line break or another
+        control character in it, from an answers file, does not."""
+        text = self.text(question)
+        if not text:
+            return True
+        other = Draft({})
+        other.answer(question, text)
+        same = other.get(question.field) == self.get(question.field)
+        lines = question.form in ("lines", "named_lines")
+        return printable(text) == text and (same if lines else "\n" not in text)
+
+    def _forget_thresholds(self, sets: Mapping[str, str]) -> None:
+        """A set that is no longer held out has no share of exact answers to reach."""
+        field = "evaluate.min_exact_match"
+        if thresholds := self.get(field):
+            self.set(field, {name: x for name, x in thresholds.items() if name in sets})
 
     def check(self) -> tuple[Answers | None, dict[str, str]]:
         """The answers, if all are good; else what is wrong, by question's field.
 
         A fault that belongs to no field is under the empty name."""
+        faults = dict(self._typed_wrong)
         try:
-            return Answers.model_validate(self.values), {}
+            answers = Answers.model_validate(self.values)
+            return (None, faults) if faults else (answers, {})
         except ValidationError as error:
-            faults: dict[str, str] = {}
             fields = [question.field for step in STEPS for question in step.questions]
             for fault in error.errors():
                 location = ".".join(str(part) for part in fault["loc"])
@@ -437,4 +460,12 @@ class Draft:
 
 
 def _may_be_empty(field: str) -> bool:
-    return NoneType in get_args(_annotation(field))
+    return type(None) in get_args(field_type(field)) or (
+        get_origin(field_type(field)) is Annotated
+        and type(None) in get_args(get_args(field_type(field))[0])
+    )
+
+
+def _lines(text: str) -> list[str]:
+    """The lines with something in them; only a line feed ends a line, as in the control."""
+    return [line for line in text.split("\n") if line.strip()]

@@ -19,7 +19,7 @@ from typing import TextIO
 
 import ms4
 from ms4 import config, lock
-from ms4.errors import Ms4Error
+from ms4.errors import Ms4Error, printable
 
 STAGE_MODULES: dict[str, str] = {
     "fetch": "ms4.weights.hub",
@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             case stage:
                 run_stage(stage, config.load(arguments.config))
     except Ms4Error as error:
-        print(f"ms4 {arguments.command}: {error}", file=sys.stderr)
+        print(printable(f"ms4 {arguments.command}: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"ms4 {arguments.command}: interrupted; the same command goes on.", file=sys.stderr)

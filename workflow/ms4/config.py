@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
-import re
+import reprlib
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ms4 import yaml_text
 from ms4.errors import Ms4Error
 from ms4.manifest import sha256_json
 
@@ -67,7 +67,7 @@ class DataSection(Section):
     """Which conversations, and how they become tokens."""
 
     train: tuple[str, ...] = Field(min_length=1)
-    """JSONL files of OpenAI messages to train on; relative to the project's directory."""
+    """JSONL files of OpenAI messages to train on."""
 
     test: dict[Name, str] = Field(default_factory=dict)
     """Held-out sets by name: JSONL files of the same form, never trained on."""
@@ -169,7 +169,7 @@ class RunSection(Section):
     threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads; null: all cores of the job. A bit-identical rerun needs the same number."""
 
-    memory_gib: float | None = Field(default=None, gt=0)
+    memory_gib: float | None = Field(default=None, gt=0, le=1_048_576)
     """Memory budget in GiB of the device that trains (GPU memory, or RAM on the CPU);
     null: what the device has."""
 
@@ -255,39 +255,18 @@ class RunConfig(Section):
         """Hash of `part(stage)`: it changes exactly when the stage must run again."""
         return sha256_json(self.part(stage))
 
-    def resolve_source(self) -> Path | None:
-        """The local directory that `model.source` names, or None if it is a hub id or `tiny`."""
+    def resolve_source(self, start: Path = Path()) -> Path | None:
+        """The local directory that `model.source` names, or None if it is a hub id or `tiny`.
+
+        Args:
+            start: what a relative path is relative to.
+        """
         source = self.model.source
         if source == "tiny":
             return None
         path = expand_home(source)
         looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
-        return path if looks_local or path.is_dir() else None
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, but a key given twice is an error and not the last one's value."""
-
-
-def _mapping_without_duplicates(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is not text", key_node.start_mark
-            )
-        if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key {key!r} is given twice", key_node.start_mark
-            )
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeyLoader.add_constructor(
-    yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates
-)
+        return path if looks_local or (start / path).is_dir() else None
 
 
 def _line_of(root: yaml.Node | None, location: tuple[int | str, ...]) -> int | None:
@@ -350,8 +329,13 @@ def _describe(
     return "\n".join(lines)
 
 
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 60
+
+
 def _short(value: Any) -> str:
-    text = repr(value)
+    """At most a line of it, at the cost of a line: a person may have given anything."""
+    text = _REPR.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -378,76 +362,14 @@ def check(
         raise Ms4Error(_describe(error, where, root, model)) from error
 
 
-def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], yaml.Node | None]:
-    """The mapping that a YAML text holds (JSON is a subset of it), and its nodes, for `check`.
-
-    Raises:
-        Ms4Error: it is not YAML, or not a mapping, or names a key twice.
-    """
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - it is a SafeLoader
-    except yaml.YAMLError as error:
-        raise Ms4Error(f"{where}: not valid YAML: {_yaml_fault(error)}") from error
-    if not isinstance(values, dict):
-        raise Ms4Error(f"{where}: holds no configuration; it must be a mapping of keys to values.")
-    return values, root
-
-
-def read_text(path: Path, what: str) -> str:
-    """The text of a file that a person wrote.
-
-    Raises:
-        Ms4Error: it is missing or cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise Ms4Error(f"{path}: no such {what}.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise Ms4Error(f"{path}: cannot be read ({error}).") from error
-
-
 def load(path: Path) -> RunConfig:
     """Read and check a configuration file (YAML; JSON is a subset of it).
 
     Raises:
         Ms4Error: the file cannot be read or parsed, or a field is wrong.
     """
-    values, root = parse_yaml(read_text(path, "configuration file"), str(path))
+    values, root = yaml_text.parse(yaml_text.read(path, "configuration file"), str(path))
     return check(values, str(path), root)
-
-
-def _yaml_fault(error: yaml.YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error)
-    problem = " ".join(str(problem).split())
-    return f"line {mark.line + 1}: {problem}" if mark is not None else problem
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML's safe dumper; text that would take more than one line is written with escapes."""
-
-
-def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # U+0085 counts as a control character: the plain styles would not give it back.
-    style = '"' if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", text) else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
-
-
-_Dumper.add_representer(str, _represent_text)
-
-
-def dump_yaml(values: Mapping[str, Any], flow: bool = False) -> str:
-    """Plain values as YAML that a safe loader gives back; no text takes more than one line."""
-    return yaml.dump(
-        values,
-        Dumper=_Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        width=math.inf,
-        default_flow_style=flow,
-    )
 
 
 def _comment(text: str | None, indent: str) -> str:
@@ -464,8 +386,11 @@ def _dump_section(section: BaseModel, values: Mapping[str, Any], indent: str = "
             body = _dump_section(value, values[name], indent + "  ")
             parts.append(f"\n{comment}{indent}{name}:\n{body}")
             continue
-        text = dump_yaml({name: values[name]})
-        if isinstance(value, tuple) and len(short := dump_yaml({name: values[name]}, True)) < 60:
+        text = yaml_text.dump({name: values[name]})
+        if (
+            isinstance(value, tuple)
+            and len(short := yaml_text.dump({name: values[name]}, True)) < 60
+        ):
             text = short.strip()[1:-1] + "\n"  # `targets: [attention, shared]`, without the braces
         parts.append(comment + textwrap.indent(text, indent))
     return "".join(parts)
@@ -488,9 +413,9 @@ def expand_home(text: str) -> Path:
     return Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
 
 
-def json_schema() -> str:
+def json_schema(model: type[RunConfig] = RunConfig, title: str = "ms4 configuration") -> str:
     """The JSON schema of a configuration file, as committed in `config/schema.json`."""
-    schema = RunConfig.model_json_schema()
+    schema = model.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    schema["title"] = "ms4 configuration"
+    schema["title"] = title
     return json.dumps(schema, indent=2) + "\n"

@@ -48,10 +48,16 @@ def check_writer(root: Path) -> None:
     note = root / PROJECT
     if not note.exists():
         return
-    content = read_json(note)
+    try:
+        content = read_json(note)
+    except Ms4Error:
+        content = None
     version = content.get("ms4_version") if isinstance(content, dict) else None
     if not isinstance(version, str):
-        raise Ms4Error(f"{note}: names no `ms4_version`; write the project again: ms4-wizard .")
+        raise Ms4Error(
+            f"{note}: not the note that the wizard wrote: it names no `ms4_version`. Restore it "
+            "from your version control."
+        )
     if version.split(".")[:2] != ms4.__version__.split(".")[:2]:
         raise Ms4Error(
             f"{note}: ms4 {version} wrote this project's rules, but ms4 {ms4.__version__} is "

@@ -14,9 +14,9 @@ from textual.widgets import Button, Checkbox, Footer, Input, Label, OptionList, 
 from textual.widgets.option_list import Option
 
 from ms4.config import expand_home
-from ms4.errors import Ms4Error
-from ms4_wizard import emit
+from ms4.errors import Ms4Error, printable
 from ms4_wizard.flow import Flow, Go
+from ms4_wizard.project import EditedError
 from ms4_wizard.questions import STEPS
 from ms4_wizard.widgets.plan import PlanPanel
 from ms4_wizard.widgets.title import Title
@@ -62,7 +62,7 @@ class ReviewScreen(Screen[None]):
             for question in step.questions:
                 if self.flow.draft.asks(question):
                     # A line each, whatever is in it.
-                    value = self.flow.draft.text(question).replace("\n", ", ")
+                    value = printable(self.flow.draft.text(question)).replace("\n", ", ")
                     line = Text.assemble(
                         (question.field, "bold"), "  ", value or ("(not given)", "dim")
                     )
@@ -74,8 +74,7 @@ class ReviewScreen(Screen[None]):
         """The plan, what is wrong, and the button in reach."""
         self.query_one("#overwrite").display = False
         self.query_one(PlanPanel).show(self.flow.cost())
-        faults = self.flow.faults(files=True)
-        self._show_fault("\n".join(f"{k}: {v}" if k else v for k, v in faults.items()))
+        self._show_fault(self.flow.all_faults())
         self.query_one("#write").focus()
 
     def _show_fault(self, message: str) -> None:
@@ -99,9 +98,9 @@ class ReviewScreen(Screen[None]):
     @on(Button.Pressed, "#write")
     def action_write(self) -> None:
         """Write the project and leave, or say what is wrong."""
-        answers, faults = self.flow.draft.check()
+        answers, _ = self.flow.draft.check()
         if answers is None:
-            self._show_fault("\n".join(f"{k}: {v}" if k else v for k, v in faults.items()))
+            self._show_fault(self.flow.all_faults())
             return
         if not self.flow.directory.strip():
             self._show_fault("Give the project a directory.")
@@ -111,7 +110,7 @@ class ReviewScreen(Screen[None]):
         try:
             told = self.flow.write(answers, directory, overwrite=overwrite.value)
         except Ms4Error as error:
-            self._show_fault(str(error))
-            overwrite.display = emit.has_edits(answers, directory)
+            self._show_fault(printable(str(error)))
+            overwrite.display = isinstance(error, EditedError)
             return
         self.app.exit(told)

@@ -11,6 +11,7 @@ from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Input, Static, TextArea
 
+from ms4.errors import printable
 from ms4_wizard.questions import Draft, Question
 from ms4_wizard.widgets.choices import Choices
 
@@ -35,7 +36,14 @@ class Answer(Vertical):
     def compose(self) -> ComposeResult:
         yield Static(self.question.ask, classes="ask", markup=False)
         yield Static(self.question.advice, classes="advice", markup=False)
-        yield self._control()
+        control = self._control()
+        if not self._draft.can_be_typed(self.question):
+            control.disabled = True
+            yield Static(
+                "It holds characters that cannot be typed here: change it in an answers file.",
+                classes="advice",
+            )
+        yield control
         yield Static("", classes="fault", markup=False)
 
     def _control(self) -> Widget:
@@ -43,9 +51,11 @@ class Answer(Vertical):
         value: Any = draft.get(question.field)
         match question.form:
             case "text":
-                return Input(draft.text(question), select_on_focus=False, compact=True)
+                text = printable(draft.text(question))
+                return Input(text, select_on_focus=False, compact=True)
             case "lines" | "named_lines":
-                return TextArea(draft.text(question), tab_behavior="focus", compact=True)
+                text = printable(draft.text(question))
+                return TextArea(text, tab_behavior="focus", compact=True)
             case "choice":
                 return Choices(question.choices, [value], several=False)
             case "several":
@@ -57,20 +67,24 @@ class Answer(Vertical):
         fault.update(message)
         fault.display = bool(message)
 
+    def _take(self, text: str) -> None:
+        # Controls report what they begin with, too.
+        if text != printable(self._draft.text(self.question)):
+            self._draft.answer(self.question, text)
+            self._answered()
+
     def _answered(self) -> None:
         self.post_message(self.Changed(self.question))
 
     @on(Input.Changed)
     def _typed(self, event: Input.Changed) -> None:
         event.stop()
-        self._draft.answer(self.question, event.value)
-        self._answered()
+        self._take(event.value)
 
     @on(TextArea.Changed)
     def _written(self, event: TextArea.Changed) -> None:
         event.stop()
-        self._draft.answer(self.question, event.text_area.text)
-        self._answered()
+        self._take(event.text_area.text)
 
     @on(Choices.Chosen)
     def _chosen(self, event: Choices.Chosen) -> None:

@@ -1,0 +1,275 @@
+"""A project's directory: whether it is one, writing it, and reading its answers again.
+
+`config/project.json` notes what wrote the project, where it runs, and what its files were: so what
+was edited since is known, and is not lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+import ms4
+from ms4 import config
+from ms4.errors import Ms4Error
+from ms4.manifest import read_json, write_json, write_text
+from ms4.pipeline_files import PROJECT
+from ms4_wizard.emit import CONFIG, SLURM, relocate
+from ms4_wizard.questions import Answers, Where
+
+LINKS = {"local": "profiles/local", "slurm": "profiles/slurm"}
+"""Links at a project's root: Snakemake looks there for a profile that is called so."""
+
+Files = Mapping[str, str]
+"""Path in the project → text."""
+
+
+class EditedError(Ms4Error):
+    """Files that were edited would be replaced."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """`config/project.json`."""
+
+    ms4_version: str
+    where: dict[str, Any]
+    """The section `where` of the answers."""
+    files: dict[str, str]
+    """SHA-256 of each file as it was written."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What writing does to a file."""
+
+    name: str
+    what: Literal["written", "kept", "replaced"]
+    """Written: ms4's own file; kept: edited, and ms4 has nothing new for it; replaced: edited."""
+
+    def __str__(self) -> str:
+        told = {
+            "written": "written",
+            "kept": "kept as you edited it",
+            "replaced": "replaced, and what you edited kept beside it as a .bak",
+        }
+        return f"{told[self.what]}: {self.name}"
+
+
+def read_note(directory: Path) -> Note | None:
+    """The project's note, or None if the directory is free for a new project.
+
+    Raises:
+        Ms4Error: the directory holds something else, or cannot be looked into.
+    """
+    try:
+        if (directory / PROJECT).is_file():
+            return TypeAdapter(Note).validate_python(read_json(directory / PROJECT))
+        if directory.is_dir():
+            free = not any(directory.iterdir())
+        else:
+            free = not (directory.exists() or directory.is_symlink())
+    except (Ms4Error, ValidationError) as error:
+        raise Ms4Error(
+            f"{directory / PROJECT}: not the note that the wizard wrote. Restore it from your "
+            "version control, or write the project to another directory."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise _unusable(directory, error) from error
+    if not free:
+        raise Ms4Error(
+            f"{directory}: holds something that is not an ms4 project. "
+            "Name a directory that does not exist yet, or is empty."
+        )
+    return None
+
+
+def _unusable(directory: Path, error: Exception) -> Ms4Error:
+    why = getattr(error, "strerror", None) or error
+    return Ms4Error(
+        f"{directory}: cannot be used ({why}). Mend that and run it again, or name another "
+        "directory."
+    )
+
+
+def read_project(directory: Path) -> Answers:
+    """The answers of the project in `directory`, their paths relative to the current directory.
+
+    Raises:
+        Ms4Error: it holds no project, or its configuration is wrong.
+    """
+    note = read_note(directory)
+    if note is None:
+        raise Ms4Error(f"{directory}: holds no ms4 project.")
+    configuration = config.load(directory / CONFIG)
+    where = {**note.where, **_edited_names(directory / SLURM)}
+    values = configuration.model_dump(mode="json") | {"where": where}
+    answers = config.check(values, str(directory / PROJECT), model=Answers)
+    return relocate(answers, directory, Path.cwd())
+
+
+def _edited_names(profile: Path) -> dict[str, str]:
+    """Partition and account as they stand in the Slurm profile: people enter them there."""
+    try:
+        entries = yaml.safe_load(profile.read_text(encoding="utf-8"))["default-resources"]
+        text = "\n".join(map(str, entries))
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return {}  # none are given, or Snakemake will say what is wrong with the file
+    found = re.findall(r"^slurm_(partition|account)=([\"']?)([\w.+-]+)\2$", text, re.MULTILINE)
+    return {key: name for key, _, name in found}
+
+
+# Writing.
+
+
+def write_project(
+    directory: Path,
+    files: Files,
+    where: Where,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> list[str]:
+    """Write a project. A new one appears whole; an existing one is changed file by file.
+
+    Args:
+        directory: new, empty, or a project.
+        files: as `emit.project_files` makes them.
+        where: the section of the answers that the files do not hold.
+        overwrite: replace what was edited; it stays beside the new file as `NAME.bak`.
+        dry_run: only say what would be done.
+
+    Returns:
+        What was (or would be) done, a line a file; for a new project only if `dry_run`.
+
+    Raises:
+        EditedError: edits would be replaced, and `overwrite` does not say so.
+        Ms4Error: the directory holds something else, or cannot be written.
+    """
+    note = read_note(directory)
+    try:
+        if note is None:
+            if not dry_run:
+                _write_new(directory, files, where)
+                return []
+            links = [f"{name} -> {target}" for name, target in LINKS.items()]
+            return sorted([*files, *links, str(PROJECT)])
+        files = {**files, **_copies(directory, files, make=not dry_run)}
+        found = list(changes(directory, files, note))
+        replaced = [change.name for change in found if change.what == "replaced"]
+        if replaced and not overwrite:
+            raise EditedError(
+                f"{directory}: these files were edited since the wizard wrote them, and would be "
+                f"replaced: {', '.join(replaced)}. With --overwrite they are, and what you edited "
+                "is kept beside them as NAME.bak."
+            )
+        if not dry_run:
+            for change in found:
+                _apply(directory, change, files[change.name])
+            _finish(directory, files, where)
+        return [str(change) for change in found]
+    except OSError as error:
+        raise _unusable(directory, error) from error
+
+
+def changes(directory: Path, files: Files, note: Note) -> Iterator[Change]:
+    """What writing does to each file that is not already as it should be."""
+    for name, text in files.items():
+        path = directory / name
+        now = path.read_bytes() if path.is_file() else None
+        if now == text.encode():
+            continue
+        if now is None or hashlib.sha256(now).hexdigest() == note.files.get(name):
+            yield Change(name, "written")
+        elif name == CONFIG:
+            yield Change(name, "kept" if _says(path, text) else "replaced")
+        else:
+            yield Change(name, "kept" if note.files.get(name) == _sha256(text) else "replaced")
+
+
+def _says(path: Path, text: str) -> bool:
+    """Whether a configuration that was edited says the same as `text`."""
+    try:
+        return config.dump(config.load(path)) == text
+    except Ms4Error:
+        return False
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _apply(directory: Path, change: Change, text: str) -> None:
+    path = directory / change.name
+    if change.what == "kept":
+        return
+    if change.what == "replaced":
+        backup = path.with_name(f"{path.name}.bak")
+        number = 1
+        while backup.exists():
+            number += 1
+            backup = path.with_name(f"{path.name}.bak{number}")
+        shutil.copyfile(path, backup)
+    write_text(path, text)
+
+
+def _write_new(directory: Path, files: Files, where: Where) -> None:
+    """Write it aside and rename it: a reader sees all of it or nothing."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    there, moved = directory.is_dir(), []
+    if there:
+        # It may be a mount, the current directory, or lie in one that is not ours to write to: so
+        # aside is inside, and the note, without which it is no project, comes last.
+        temporary = directory / f".ms4-wizard.{os.getpid()}.tmp"
+    else:
+        temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        for name, text in files.items():
+            write_text(temporary / name, text)
+        _finish(temporary, {**files, **_copies(temporary, files)}, where)
+        if not there:
+            temporary.rename(directory)
+            return
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == PROJECT.parts[0]):
+            moved.append(path.rename(directory / path.name))
+    except OSError:
+        # A part of a project would be taken for something else.
+        for path in moved:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copies(directory: Path, files: Files, make: bool = True) -> dict[str, str]:
+    """Make the links; where links cannot be made, the files that take their place."""
+    copies = {}
+    for name, target in LINKS.items():
+        link = directory / name
+        if make and not link.is_symlink() and not link.exists():
+            try:
+                link.symlink_to(target)
+            except OSError:
+                link.mkdir()
+        if link.is_dir() and not link.is_symlink():
+            copies[f"{name}/config.yaml"] = files[f"{target}/config.yaml"]
+    return copies
+
+
+def _finish(directory: Path, files: Files, where: Where) -> None:
+    """Write the copies of a new project, and the note."""
+    for name, text in files.items():
+        if not (directory / name).exists():
+            write_text(directory / name, text)
+    hashes = {name: _sha256(text) for name, text in files.items()}
+    note = Note(ms4.__version__, where.model_dump(mode="json"), hashes)
+    write_json(directory / PROJECT, asdict(note))
