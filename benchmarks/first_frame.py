@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import select
+import shutil
 import signal
 import statistics
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 from common import CHECKOUT, record
 
 RUNS = 15
-CLAIM = "The wizard's first frame appears 0.5 s after it was started."
+LIMIT_S = 30
+CLAIM = "The time from starting the wizard to its first frame; the aim is 0.5 s."
 FRAME = b"1 of 9"
 """In the first frame: the first step of nine."""
 
@@ -21,7 +27,8 @@ FRAME = b"1 of 9"
 def first_frame() -> float:
     """Start the wizard on a terminal of 80 × 24 and wait for its first frame."""
     leader, follower = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color"}
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "ms4_wizard"],
@@ -34,13 +41,16 @@ def first_frame() -> float:
     )
     os.close(follower)
     seen = b""
-    while FRAME not in seen:
-        seen += os.read(leader, 65536)
-    spent = time.perf_counter() - started
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    os.close(leader)
-    return spent
+    try:
+        while FRAME not in seen:
+            if not select.select([leader], [], [], LIMIT_S)[0]:
+                sys.exit(f"no first frame after {LIMIT_S} s; the terminal got {seen!r}")
+            seen += os.read(leader, 65536)
+        return time.perf_counter() - started
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        os.close(leader)
 
 
 def bare_python() -> float:
@@ -68,6 +78,7 @@ def main() -> None:
                 "max": round(max(frames), 3),
             },
             "bare_python_seconds": round(statistics.median(bare), 3),
+            "nvidia_smi": shutil.which("nvidia-smi") is not None,
             "ratio": round(statistics.median(frames) / statistics.median(bare), 1),
         },
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ import yaml
 
 from ms4 import config
 from tests.commands import CHECKOUT
+from tests.projects import write_project
 from tests.toy import make_toy
 
 
@@ -37,15 +37,9 @@ def demo_values() -> dict[str, Any]:
 
 
 @pytest.fixture
-def project(tmp_path: Path) -> Path:
-    """A project as the checkout's root is one: pipeline files, the demo's configuration, data."""
-    root = tmp_path / "project"
-    root.mkdir()
-    shutil.copy(CHECKOUT / "Snakefile", root)
-    for name in ("rules", "profiles", "config"):
-        shutil.copytree(CHECKOUT / name, root / name)
-    for name in ("local", "slurm"):
-        (root / name).symlink_to((CHECKOUT / name).readlink())
+def project(tmp_path: Path, demo_values: dict[str, Any]) -> Path:
+    """A project with the demo's configuration and a few conversations as its data."""
+    root = write_project(tmp_path / "project", demo_values)
     for name in config.load(CHECKOUT / "config/config.yaml").data_files():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)

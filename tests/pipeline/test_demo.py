@@ -1,13 +1,12 @@
 """What the README promises of the demo, with the model taught as the demo teaches it."""
 
 import json
+import sys
 
 import pytest
 
 from ms4 import tiny_text
-from tests.commands import CHECKOUT, snakemake
-
-from .test_end_to_end import make_project
+from tests.commands import CHECKOUT, run, snakemake
 
 
 def test_the_committed_examples_are_what_the_generator_makes():
@@ -28,9 +27,11 @@ def test_no_held_out_problem_occurs_in_training():
 
 @pytest.mark.slow
 def test_the_demo_learns_and_keeps(tmp_path):
-    root = make_project(tmp_path / "demo", "tiny")
-    for name in ("config/config.yaml", "examples/seal/train.jsonl"):
-        (root / name).write_bytes((CHECKOUT / name).read_bytes())
+    """The way of `make demo`: answers, project, pipeline."""
+    root = tmp_path / "demo"
+    wizard = (sys.executable, "-m", "ms4_wizard", "--answers", "examples/answers.yaml", root)
+    written = run(*wizard, cwd=CHECKOUT)
+    assert written.returncode == 0, written.stdout
     done = snakemake("--profile", "local", cwd=root)
     assert done.returncode == 0, done.stdout
     rows = json.loads((root / "results/evaluation.json").read_text())["rows"]

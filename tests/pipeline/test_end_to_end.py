@@ -16,6 +16,7 @@ import yaml
 from ms4 import config
 from tests.commands import CHECKOUT, run, snakemake, wait_for
 from tests.hub import serve
+from tests.projects import write_project
 
 pytestmark = pytest.mark.slow
 
@@ -25,13 +26,6 @@ ADAPTER = "results/adapter/adapter_model.safetensors"
 
 def make_project(root: Path, source: str, **train) -> Path:
     """A project over the demo's data, with a model that is hardly taught and a short run."""
-    root.mkdir()
-    for name in ("rules", "profiles", "examples"):
-        shutil.copytree(CHECKOUT / name, root / name)
-    shutil.copy(CHECKOUT / "Snakefile", root)
-    (root / "local").symlink_to("profiles/local")
-    lines = (root / "examples/seal/train.jsonl").read_text().splitlines(keepends=True)
-    (root / "examples/seal/train.jsonl").write_text("".join(lines[:400]))
     values = yaml.safe_load((CHECKOUT / "config/config.yaml").read_text())
     values["model"]["source"] = source
     values["train"] = {
@@ -43,8 +37,10 @@ def make_project(root: Path, source: str, **train) -> Path:
         **train,
     }
     values["evaluate"] = {"max_samples": 4, "max_new_tokens": 8, "batch": 4}
-    (root / "config").mkdir()
-    (root / "config/config.yaml").write_text(yaml.safe_dump(values))
+    write_project(root, values)
+    shutil.copytree(CHECKOUT / "examples", root / "examples")
+    lines = (root / "examples/seal/train.jsonl").read_text().splitlines(keepends=True)
+    (root / "examples/seal/train.jsonl").write_text("".join(lines[:400]))
     return root
 
 

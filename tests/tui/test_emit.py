@@ -194,7 +194,7 @@ def test_something_else_is_refused(place: Path, answers: Answers, what: str) -> 
         (target / "config").mkdir()
         (target / "config/config.yaml").write_text("")
     before = contents(place)
-    with pytest.raises(Ms4Error, match="holds something that is not an ms4 project"):
+    with pytest.raises(Ms4Error, match=r"holds something that is not|is a link that leads nowhere"):
         write(answers, target)
     assert contents(place) == before
 
@@ -329,6 +329,52 @@ def test_names_entered_in_the_profile_come_back(place: Path, answers: Answers) -
     file = place / "project/profiles/slurm/config.yaml"
     file.write_text(file.read_text().replace("'input'", "h200-long"))
     assert project.read_project(place / "project").where.partition == "h200-long"
+
+
+def test_a_parent_that_does_not_exist_yet(place: Path, answers: Answers) -> None:
+    """`new/..` is the current directory, which holds something else."""
+    before = contents(place)
+    with pytest.raises(Ms4Error, match="holds something that is not an ms4 project"):
+        write(answers, Path("new/.."))
+    assert contents(place) == before
+    assert not (place / "new").exists()
+
+
+def test_a_killed_update_is_no_edit(
+    place: Path, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was half written is known as ours; other answers can be written over it."""
+    root = place / "project"
+    write(answers, root)
+    other = answers.model_copy(
+        update={"seed": 5, "adapters": answers.adapters.model_copy(update={"rank": 3})}
+    )
+    whole = project._apply
+
+    def killed(directory: Path, change: project.Change, text: str) -> None:
+        if change.name == "README.md":
+            raise KeyboardInterrupt
+        whole(directory, change, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(project, "_apply", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(other, root)
+    assert "seed: 5" in (root / "config/config.yaml").read_text()
+    write(answers.model_copy(update={"seed": 6}), root)
+    write(answers, place / "fresh")
+    write(answers, root)
+    assert contents(root) == contents(place / "fresh")
+
+
+def test_what_is_in_the_way_of_a_link_is_named(place: Path, answers: Answers) -> None:
+    write(answers, place / "project")
+    (place / "project/slurm").unlink()
+    (place / "project/slurm").write_text("profiles/slurm")
+    before = contents(place)
+    with pytest.raises(Ms4Error, match=r"project/slurm: is a file, but a link to profiles/slurm"):
+        write(answers.model_copy(update={"seed": 5}), place / "project")
+    assert contents(place) == before
 
 
 # Reading it again.

@@ -38,7 +38,7 @@ def test_answers_from_a_file_and_from_standard_input(place: Path) -> None:
     assert (code, err) == (0, "")
     assert "Device: CPU (run.device says so)" in out
     assert "to spare" in out
-    assert out.splitlines()[-2:] == ["  cd one", "  snakemake --profile local"]
+    assert out.splitlines()[-2:] == ["  cd ./one", "  snakemake --profile local"]
     code, out, _ = wizard(place, "--answers", "-", "two", typed=LEAST)
     assert code == 0
     assert (place / "one/config/config.yaml").read_text() == (
@@ -113,6 +113,10 @@ def test_schema_says_what_an_answers_file_may_hold(place: Path) -> None:
         (["--answers", "-", "p"], "seed: !!bool x", "standard input: not valid YAML"),
         (["--answers", "-", "p"], "seed: !!timestamp x", "standard input: not valid YAML"),
         (["--answers", "-", "p"], "data: {train: [2026-02-30]}", "standard input: not valid YAML"),
+        (["--answers", "-", "p"], "seed: " + "9" * 5000, "standard input: not valid YAML"),
+        (["--answers", "-", "p"], "seed: 0x" + "f" * 5000, "seed: Input should be"),
+        (["--answers", "-", "p"], "adapters: {targets: !!set {shared}}", "a set has no order"),
+        (["--answers", "-", "p", "--set", "data.train=\udcff"], LEAST, "its name is not UTF-8"),
         (["--answers", "-", "p"], "seed: 0b_", "standard input: not valid YAML"),
         (["--answers", "-", "p"], "[" * 5000, "standard input: not valid YAML"),
         (["--answers", "-", "p"], "a: &a [1]\nb: *a", "line 2: aliases are not read"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -78,6 +79,7 @@ HOSTILE = st.lists(
 NAMES = HOSTILE.map(lambda text: text.replace("/", "").replace("\0", "")).filter(
     lambda name: 0 < len(os.fsencode(name)) <= 200 and name not in (".", "..", "~")
 )
+GPU = {"run": {"device": "cuda", "memory_gib": 79}}
 LINE = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
@@ -89,7 +91,7 @@ def make(place: Path, names: list[str], source: str) -> tuple[Answers, Path]:
         {
             "model": {"source": source},
             "data": {"train": names, "test": {"held-out": names[0]}},
-            "run": {"device": "cuda", "memory_gib": 79},
+            **GPU,
         }
     )
     project = place / "project"
@@ -148,12 +150,24 @@ def test_snakemake_takes_them_as_they_are(place: Path) -> None:
     shell = "Shell command: ms4 preprocess --config config/config.yaml"
     assert shell in snakemake("-n", cwd=project).stdout
     assert list(place.rglob("pwned")) == []
-    # A job gets them unchanged too: it reads each file, then stops at what is missing, the weights.
-    (project / "weights").mkdir()
-    (project / "weights/source.json").write_text("{}")
-    answer = snakemake(*("--cores", "1", "--touch", "weights/source.json"), cwd=project)
-    answer = snakemake(*("--cores", "1", "results/data.json"), cwd=project)
-    assert "not a manifest of the stage fetch" in answer.stdout, answer.stdout
+
+
+@pytest.mark.slow
+def test_a_job_reads_them(place: Path, checkpoint: Path) -> None:
+    """The files lie in the project, so that each word stands first in its path."""
+    names = sorted({word.replace("/", "∕") for word in WORDS if word.strip() and word != "~"})
+    cli.write_from_answers(
+        Answers.model_validate({"data": {"train": ["train.jsonl"]}} | GPU), Path("p")
+    )
+    for name in names:
+        (place / "p" / name).write_text(LINE)
+    values = {"model": {"source": str(checkpoint)}, "data": {"train": names}} | GPU
+    os.chdir("p")
+    cli.write_from_answers(Answers.model_validate(values), Path())
+    answer = snakemake("--cores", "1", "results/data.json", cwd=place / "p")
+    assert answer.returncode == 0, answer.stdout
+    made = json.loads((place / "p/results/data.json").read_text())
+    assert made["train"]["samples"] == len(names)
     assert list(place.rglob("pwned")) == []
 
 

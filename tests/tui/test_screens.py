@@ -246,7 +246,7 @@ def test_review_goes_to_an_answer_and_refuses_what_does_not_fit(place: Path) -> 
         await go_to(pilot, "where")
         await pilot.press("ctrl+n")
         await pilot.pause()
-        options = pilot.app.screen.query_one(OptionList)
+        options = pilot.app.screen.query_one("#answers", OptionList)
         wanted = [n for n, o in enumerate(options.options) if "run.memory_gib" in str(o.id)]
         options.focus()
         options.highlighted = wanted[0]
@@ -300,7 +300,8 @@ def test_project_that_exists_opens_with_its_answers(place: Path, answers: Answer
 
     async def how(pilot: Pilot[list[str]]) -> None:
         text = "\n".join(
-            str(option.prompt) for option in pilot.app.screen.query_one(OptionList).options
+            str(option.prompt)
+            for option in pilot.app.screen.query_one("#answers", OptionList).options
         )
         assert "data.train  train.jsonl" in text
         assert "where.account  007" in text
@@ -376,6 +377,35 @@ def test_thresholds_of_sets_that_are_gone_go_with_them(place: Path) -> None:
 
     assert drive(app_of(values), how) is not None
     assert project.read_project(place / "project").evaluate.min_exact_match == {}
+
+
+def test_another_project_is_not_replaced_without_a_word(place: Path, answers: Answers) -> None:
+    cli.write_from_answers(answers, Path("project"))
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, "where")
+        await pilot.press("ctrl+n")
+        await pilot.pause()
+        await pilot.press("ctrl+s")
+        await pilot.pause()
+        assert "holds another project" in shown(pilot)
+        fault = pilot.app.screen.query_one("#fault")
+        assert pilot.app.screen.region.contains_region(fault.region), "in sight at 80 x 24"
+        pilot.app.screen.query_one("#overwrite").focus()
+        await pilot.press("space", "ctrl+s")
+
+    assert drive(app_of(VALUES), how) is not None
+    assert project.read_project(place / "project").data.reasoning == "per_sample"
+    assert project.read_project(place / "project").run.device == "cuda"
+
+
+def test_a_revision_goes_with_its_model(place: Path) -> None:
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await pilot.press("ctrl+u", *"tiny")
+        flow = pilot.app.screen.flow  # type: ignore[attr-defined]
+        assert flow.draft.get("model.revision") is None
+
+    drive(app_of({**VALUES, "model": {"revision": "abc"}}), how)
 
 
 def test_mouse(place: Path) -> None:

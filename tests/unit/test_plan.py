@@ -1,4 +1,4 @@
-"""The memory plan: computed by hand, its order, what it proposes, the machine, the stage."""
+"""The memory plan: computed by hand, its order, what it proposes, the stage."""
 
 import json
 from pathlib import Path

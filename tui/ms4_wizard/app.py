@@ -21,6 +21,7 @@ class WizardApp(App[list[str]]):
 
     ENABLE_COMMAND_PALETTE = False
     CSS_PATH = "wizard.tcss"
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (70, "-wide")]  # noqa: RUF012 - as Textual has it
     BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+q", "quit", "Quit", priority=True)]
 
     def __init__(self, flow: Flow) -> None:

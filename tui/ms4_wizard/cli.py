@@ -21,6 +21,12 @@ from ms4_wizard.questions import Answers, Draft
 DEFAULT_DIRECTORY = Path("ms4-project")
 
 
+def _directory(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty (an unset variable?)")
+    return Path(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -32,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ms4 {ms4.__version__}")
     parser.add_argument(
         "directory",
-        type=Path,
+        type=_directory,
         nargs="?",
         metavar="DIR",
         help=f"where the project is written (default: {DEFAULT_DIRECTORY}), or a project to open",
@@ -80,6 +86,8 @@ def read_answers(name: str, settings: Sequence[str]) -> Answers:
     """
     where = "standard input" if name == "-" else name
     try:
+        if name == "-" and sys.stdin is None:
+            raise Ms4Error("standard input is closed.")
         text = sys.stdin.read() if name == "-" else yaml_text.read(Path(name), "answers file")
     except UnicodeDecodeError as error:
         raise Ms4Error(f"{where}: cannot be read ({error}).") from error
@@ -116,9 +124,17 @@ def write_from_answers(
     return [
         *told,
         f"The project is in {directory}. Next:",
-        f"  cd {shlex.quote(str(directory))}",
+        f"  cd {shlex.quote(str(directory) if directory.is_absolute() else f'./{directory}')}",
         f"  snakemake --profile {answers.where.run}",
     ]
+
+
+def _has_a_current_directory() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if arguments.dry_run or arguments.overwrite or arguments.print_config:
             raise Ms4Error("--dry-run, --overwrite and --print-config go with --answers FILE.")
-        if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if not all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
             raise Ms4Error(
                 "there is no terminal for the screens. Give the answers in a file: "
                 "ms4-wizard --answers FILE DIR (--print-schema says what it may hold)."
@@ -160,6 +176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("Nothing was written.")
             return 1
         print(printable("\n".join(written)))
+    except FileNotFoundError as error:
+        if _has_a_current_directory():
+            raise
+        print(f"ms4-wizard: the current directory is gone ({error.strerror}).", file=sys.stderr)
+        return 2
     except Ms4Error as error:
         print(printable(f"ms4-wizard: {error}"), file=sys.stderr)
         return 2

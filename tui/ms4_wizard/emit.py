@@ -76,11 +76,14 @@ def missing_data(answers: Answers, base: Path) -> dict[str, str]:
 
 def _missing(base: Path, name: str) -> Iterator[str]:
     try:
+        name.encode()  # a name of other bytes can be in no configuration file
         path = base / config.expand_home(name)
         if not path.is_file():
             yield f"no such file: {name}"
         elif not os.access(path, os.R_OK):
             yield f"cannot be read: {name}"
+    except UnicodeEncodeError:
+        yield f"its name is not UTF-8; rename it: {name!a}"
     except (OSError, ValueError) as error:
         yield f"cannot be read: {name} ({getattr(error, 'strerror', None) or error})"
 

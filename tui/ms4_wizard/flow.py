@@ -48,7 +48,8 @@ class Flow:
         self.draft = draft
         self.directory = str(directory)
         self.write = write
-        self.opened = opened
+        self.opened = directory.resolve() if opened else None
+        """The project whose answers these are, or None."""
 
     def faults(self, files: bool = False) -> dict[str, str]:
         """What is wrong, by field; with `files`, data files that are not there too."""

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,8 @@ class Note:
     """The section `where` of the answers."""
     files: dict[str, str]
     """SHA-256 of each file as it was written."""
+    pending: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file as it is being written: after a kill, they are known as ours, too."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,16 @@ def read_note(directory: Path) -> Note | None:
         Ms4Error: the directory holds something else, or cannot be looked into.
     """
     try:
-        if (directory / PROJECT).is_file():
-            return TypeAdapter(Note).validate_python(read_json(directory / PROJECT))
-        if directory.is_dir():
-            free = not any(directory.iterdir())
-        else:
-            free = not (directory.exists() or directory.is_symlink())
+        if directory.is_symlink() and not directory.exists():
+            raise Ms4Error(f"{directory}: is a link that leads nowhere. Name another directory.")
+        # `new/..` is this directory, also before `new` exists.
+        place = directory.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _unusable(directory, error) from error
+    try:
+        if (place / PROJECT).is_file():
+            return TypeAdapter(Note).validate_python(read_json(place / PROJECT))
+        free = not any(place.iterdir()) if place.is_dir() else not place.exists()
     except (Ms4Error, ValidationError) as error:
         raise Ms4Error(
             f"{directory / PROJECT}: not the note that the wizard wrote. Restore it from your "
@@ -156,6 +162,7 @@ def write_project(
         Ms4Error: the directory holds something else, or cannot be written.
     """
     note = read_note(directory)
+    directory = directory.resolve()
     try:
         if note is None:
             if not dry_run:
@@ -173,6 +180,7 @@ def write_project(
                 "is kept beside them as NAME.bak."
             )
         if not dry_run:
+            write_json(directory / PROJECT, asdict(replace(note, pending=_hashes(files))))
             for change in found:
                 _apply(directory, change, files[change.name])
             _finish(directory, files, where)
@@ -188,7 +196,8 @@ def changes(directory: Path, files: Files, note: Note) -> Iterator[Change]:
         now = path.read_bytes() if path.is_file() else None
         if now == text.encode():
             continue
-        if now is None or hashlib.sha256(now).hexdigest() == note.files.get(name):
+        ours = (note.files.get(name), note.pending.get(name))
+        if now is None or hashlib.sha256(now).hexdigest() in ours:
             yield Change(name, "written")
         elif name == CONFIG:
             yield Change(name, "kept" if _says(path, text) else "replaced")
@@ -206,6 +215,10 @@ def _says(path: Path, text: str) -> bool:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _hashes(files: Files) -> dict[str, str]:
+    return {name: _sha256(text) for name, text in files.items()}
 
 
 def _apply(directory: Path, change: Change, text: str) -> None:
@@ -228,7 +241,7 @@ def _write_new(directory: Path, files: Files, where: Where) -> None:
     there, moved = directory.is_dir(), []
     if there:
         # It may be a mount, the current directory, or lie in one that is not ours to write to: so
-        # aside is inside, and the note, without which it is no project, comes last.
+        # aside is inside. The note comes first: after a kill, writing again completes the project.
         temporary = directory / f".ms4-wizard.{os.getpid()}.tmp"
     else:
         temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
@@ -239,7 +252,7 @@ def _write_new(directory: Path, files: Files, where: Where) -> None:
         if not there:
             temporary.rename(directory)
             return
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == PROJECT.parts[0]):
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name != PROJECT.parts[0]):
             moved.append(path.rename(directory / path.name))
     except OSError:
         # A part of a project would be taken for something else.
@@ -255,6 +268,11 @@ def _copies(directory: Path, files: Files, make: bool = True) -> dict[str, str]:
     copies = {}
     for name, target in LINKS.items():
         link = directory / name
+        if link.is_file() and not link.is_symlink():
+            raise Ms4Error(
+                f"{link}: is a file, but a link to {target} belongs there (a version control "
+                "without links leaves such files). Remove it and run it again."
+            )
         if make and not link.is_symlink() and not link.exists():
             try:
                 link.symlink_to(target)
@@ -270,6 +288,5 @@ def _finish(directory: Path, files: Files, where: Where) -> None:
     for name, text in files.items():
         if not (directory / name).exists():
             write_text(directory / name, text)
-    hashes = {name: _sha256(text) for name, text in files.items()}
-    note = Note(ms4.__version__, where.model_dump(mode="json"), hashes)
+    note = Note(ms4.__version__, where.model_dump(mode="json"), _hashes(files))
     write_json(directory / PROJECT, asdict(note))

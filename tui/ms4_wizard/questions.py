@@ -417,6 +417,8 @@ class Draft:
             self._forget_thresholds(value)
         elif not text and _may_be_empty(question.field):
             value = None
+        elif question.field == "model.source" and self.get("model.revision") is not None:
+            self.set("model.revision", None)  # it was a revision of another model
         self.set(question.field, value)
 
     def can_be_typed(self, question: Question) -> bool:

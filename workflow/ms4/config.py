@@ -30,6 +30,9 @@ EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
 Target = Literal["attention", "shared", "experts"]
 
+MOST_FAULTS = 50
+"""Faults of one file that are named."""
+
 Config = TypeVar("Config", bound="RunConfig")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")]
@@ -326,7 +329,8 @@ def _describe(
             lines.extend(f"{place}: {text}" for text in str(fault["ctx"]["error"]).splitlines())
         else:
             lines.append(f"{place}: {field}: {fault['msg']} (it is {_short(fault['input'])})")
-    return "\n".join(lines)
+    more = [f"and {len(lines) - MOST_FAULTS} more"] if len(lines) > MOST_FAULTS else []
+    return "\n".join(lines[:MOST_FAULTS] + more)
 
 
 _REPR = reprlib.Repr()
@@ -335,7 +339,10 @@ _REPR.maxstring = _REPR.maxother = 60
 
 def _short(value: Any) -> str:
     """At most a line of it, at the cost of a line: a person may have given anything."""
-    text = _REPR.repr(value)
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # Python does not write out a number of more than 4300 digits
+        return "a number of thousands of digits"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

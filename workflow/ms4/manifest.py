@@ -57,8 +57,12 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, making its directory if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    commit_file(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        commit_file(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -76,7 +80,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Ms4Error(f"{path}: cannot be read ({error.strerror}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Ms4Error(f"{path}: not valid JSON ({error}). Remove it and run again.") from error
 
 

@@ -33,6 +33,8 @@ interleaved pairs to halves; experts' w2 stacked; experts' w1 over w3, stacked."
 DTYPE_BYTES: Mapping[str, int] = {"F8_E4M3": 1, "BF16": 2}
 SHARD_LIMIT = 50_000_000_000
 """Bytes of tensor data in one published shard, at most."""
+MOST, MOST_LAYERS = 10_000_000, 1000
+"""Sizes beyond these are a damaged file and not a model."""
 PUBLISHED_PARAMETERS = 119_401_298_944
 MLA_PROJECTIONS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -135,7 +137,11 @@ def dimensions_from_config(config: Mapping[str, Any], where: str) -> Dimensions:
     Raises:
         Ms4Error: it is not a Mistral Small 4, or a size is not a positive whole number.
     """
+    if not isinstance(config, Mapping):
+        raise Ms4Error(f"{where}: not a Mistral Small 4: it holds no settings.")
     text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
+    if not (isinstance(text, Mapping) and isinstance(vision, Mapping)):
+        raise Ms4Error(f"{where}: text_config and vision_config must be mappings.")
     if config.get("model_type") != "mistral3" or text.get("model_type") != "mistral4":
         raise Ms4Error(f"{where}: not a Mistral Small 4 (mistral3 around a mistral4 text model).")
     if text.get("first_k_dense_replace", 0):
@@ -143,14 +149,18 @@ def dimensions_from_config(config: Mapping[str, Any], where: str) -> Dimensions:
     found: dict[str, int] = {}
     for table, keys in ((text, _TEXT_KEYS), (vision, _VISION_KEYS)):
         found.update({name: table[key] for name, key in keys.items() if table.get(key) is not None})
-    if vision.get("head_dim") is None and vision:
-        heads = found.get("vision_heads", Dimensions.vision_heads)
-        found["vision_head"] = found.get("vision_hidden", Dimensions.vision_hidden) // heads
     if config.get("spatial_merge_size") is not None:
         found["merge"] = config["spatial_merge_size"]
     for name, value in found.items():
-        if not isinstance(value, int) or value < 1:
-            raise Ms4Error(f"{where}: the size `{name}` is {value!r}; it must be a whole number.")
+        most = MOST_LAYERS if name.endswith("layers") else MOST
+        if not isinstance(value, int) or not 1 <= value <= most:
+            raise Ms4Error(
+                f"{where}: the size `{name}` is {value!r:.40}; it must be a whole number from 1 to "
+                f"{most}."
+            )
+    if vision.get("head_dim") is None and vision:
+        heads = found.get("vision_heads", Dimensions.vision_heads)
+        found["vision_head"] = max(1, found.get("vision_hidden", Dimensions.vision_hidden) // heads)
     return Dimensions(**found)
 
 
@@ -161,6 +171,8 @@ def read_dimensions(directory: Path) -> Dimensions:
         Ms4Error: config.json is missing, unreadable or of another model.
     """
     path = directory / "config.json"
+    if not path.is_file():  # a pipe, say, would never end
+        raise Ms4Error(f"{path}: cannot be read (no such file).")
     return dimensions_from_config(read_json(path), str(path))
 
 

@@ -40,6 +40,11 @@ def _mapping_without_duplicates(loader: _UniqueKeyLoader, node: yaml.MappingNode
     return loader.construct_mapping(node, deep=True)
 
 
+def _refuse(loader: _UniqueKeyLoader, node: yaml.Node) -> Any:
+    raise yaml.constructor.ConstructorError(None, None, "a set has no order", node.start_mark)
+
+
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:set", _refuse)
 _UniqueKeyLoader.add_constructor(
     yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from rich.text import Text
@@ -10,16 +11,19 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import Screen
-from textual.widgets import Button, Checkbox, Footer, Input, Label, OptionList, Static
+from textual.widgets import Button, Footer, Input, Label, OptionList, Static
 from textual.widgets.option_list import Option
 
 from ms4.config import expand_home
 from ms4.errors import Ms4Error, printable
 from ms4_wizard.flow import Flow, Go
-from ms4_wizard.project import EditedError
-from ms4_wizard.questions import STEPS
+from ms4_wizard.project import EditedError, read_note
+from ms4_wizard.questions import STEPS, Choice
+from ms4_wizard.widgets.choices import Choices
 from ms4_wizard.widgets.plan import PlanPanel
 from ms4_wizard.widgets.title import Title
+
+REPLACE = Choice("Replace", "what was edited is kept as NAME.bak")
 
 
 class ReviewScreen(Screen[None]):
@@ -33,6 +37,7 @@ class ReviewScreen(Screen[None]):
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
+        self._overwrite = False
 
     def compose(self) -> ComposeResult:
         yield Title("Review", len(STEPS))
@@ -43,14 +48,11 @@ class ReviewScreen(Screen[None]):
                     yield Input(self.flow.directory, id="directory", compact=True)
                 yield Label("Answers (Enter changes one)", classes="ask")
                 yield OptionList(*self._options(), id="answers", markup=False, compact=True)
-                yield Checkbox(
-                    "Replace what was edited in the project (kept as NAME.bak)",
-                    id="overwrite",
-                    compact=True,
-                )
-                yield Static("", id="fault", classes="fault", markup=False)
             with VerticalScroll(id="side", can_focus=False):
                 yield PlanPanel(id="plan")
+        with VerticalScroll(id="verdict", can_focus=False):
+            yield Static("", id="fault", classes="fault", markup=False)
+            yield Choices((REPLACE,), (), several=True, id="overwrite")
         with Horizontal(id="buttons"):
             yield Button("Back", id="back", compact=True)
             yield Button("Write the project", id="write", variant="primary", compact=True)
@@ -95,6 +97,17 @@ class ReviewScreen(Screen[None]):
         """Go back to the last questions."""
         self.post_message(Go(len(STEPS) - 1))
 
+    @on(Choices.Chosen)
+    def _overwrite_chosen(self, event: Choices.Chosen) -> None:
+        self._overwrite = bool(event.values)
+
+    def _check_other_project(self, directory: Path) -> None:
+        if read_note(directory) is not None and directory.resolve() != self.flow.opened:
+            raise EditedError(
+                f"{directory}: holds another project, which would be replaced. Open it with "
+                "`ms4-wizard DIR`, name another directory, or choose Replace below."
+            )
+
     @on(Button.Pressed, "#write")
     def action_write(self) -> None:
         """Write the project and leave, or say what is wrong."""
@@ -106,11 +119,12 @@ class ReviewScreen(Screen[None]):
             self._show_fault("Give the project a directory.")
             return
         directory = expand_home(self.flow.directory)
-        overwrite = self.query_one("#overwrite", Checkbox)
         try:
-            told = self.flow.write(answers, directory, overwrite=overwrite.value)
+            if not self._overwrite:
+                self._check_other_project(directory)
+            told = self.flow.write(answers, directory, overwrite=self._overwrite)
         except Ms4Error as error:
             self._show_fault(printable(str(error)))
-            overwrite.display = isinstance(error, EditedError)
+            self.query_one("#overwrite").display = isinstance(error, EditedError)
             return
         self.app.exit(told)

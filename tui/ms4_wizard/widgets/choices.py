@@ -27,11 +27,17 @@ class Choices(OptionList):
             super().__init__()
             self.values = values
 
-    def __init__(self, choices: tuple[Choice, ...], chosen: Collection[str], several: bool) -> None:
+    def __init__(
+        self,
+        choices: tuple[Choice, ...],
+        chosen: Collection[str],
+        several: bool,
+        id: str | None = None,
+    ) -> None:
         self._choices = choices
         self._chosen = set(chosen)
         self._several = several
-        super().__init__(*(Option(self._prompt(choice)) for choice in choices), compact=True)
+        super().__init__(*(Option(self._prompt(choice)) for choice in choices), id=id, compact=True)
 
     def _prompt(self, choice: Choice) -> Text:
         marks = "☐☑" if self._several else "○●"
