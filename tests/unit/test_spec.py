@@ -6,6 +6,7 @@ from transformers import AutoConfig, Mistral3Config, Mistral3ForConditionalGener
 
 from ms4 import spec
 from ms4.errors import Ms4Error
+from ms4.weights.shards import table_bytes
 
 FULL = spec.Dimensions()
 
@@ -56,7 +57,7 @@ def test_published_shards_to_the_byte():
     assert len(table) == 1485
     shards = spec.plan_shards(table)
     assert [len(shard) for shard in shards] == [496, 525, 464]
-    sizes = [spec.file_size({name: table[name] for name in shard}) for shard in shards]
+    sizes = [table_bytes({name: table[name] for name in shard}) for shard in shards]
     assert sizes == [49_078_433_296, 49_132_710_896, 22_711_829_744]
 
 

@@ -45,6 +45,88 @@ STAGE_HELP = {
 }
 
 
+STAGE_USAGE = {
+    "fetch": "ms4 fetch [--config FILE]\n       ms4 fetch REPO_OR_PATH DIR [--revision R] "
+    "[--layout hf|native] [--convert bf16|nf4|fp8] [--free-source]",
+    "descale": "ms4 descale [--config FILE]\n       ms4 descale SOURCE TARGET --to bf16|nf4|fp8 "
+    "[--softmax-scale plain|yarn]",
+    "verify": "ms4 verify [--config FILE]\n       ms4 verify TARGET [--source SOURCE] [--json]",
+}
+"""Of the stages that are useful outside a project too."""
+
+
+def _fetch_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", nargs="?", metavar="REPO_OR_PATH", help="hub id or directory")
+    command.add_argument("directory", nargs="?", type=Path, metavar="DIR", help="where it goes")
+    command.add_argument("--revision", metavar="R", help="commit, tag or branch on the hub")
+    command.add_argument("--layout", choices=("hf", "native"), help="which files (default: hf)")
+    command.add_argument(
+        "--convert",
+        choices=("bf16", "nf4", "fp8"),
+        help="convert each shard as soon as it is whole",
+    )
+    command.add_argument(
+        "--free-source", action="store_true", help="remove shards that are converted and verified"
+    )
+
+
+def _descale_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", nargs="?", type=Path, metavar="SOURCE", help="FP8 checkpoint")
+    command.add_argument("target", nargs="?", type=Path, metavar="TARGET", help="where it goes")
+    command.add_argument("--to", choices=("bf16", "nf4", "fp8"), help="how experts are stored")
+    command.add_argument("--softmax-scale", choices=("plain", "yarn"), help="(default: plain)")
+
+
+def _verify_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("target", nargs="?", type=Path, metavar="TARGET", help="converted base")
+    command.add_argument("--source", type=Path, help="the FP8 checkpoint that it was made from")
+    command.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+ALONE = {"fetch": _fetch_arguments, "descale": _descale_arguments, "verify": _verify_arguments}
+"""Stage → what adds its arguments for use outside a project."""
+
+
+def _run_alone(arguments: argparse.Namespace) -> bool:
+    """Run fetch, descale or verify on directories, if the command line names some.
+
+    Raises:
+        Ms4Error: some are named, but not all that it takes.
+    """
+    command = arguments.command
+    given = {key: value for key, value in vars(arguments).items() if value not in (None, False)}
+    if command not in ALONE or not given.keys() - {"command", "config"}:
+        return False
+    usage = STAGE_USAGE[command].split("\n")[1].strip()
+    needed = {"fetch": ("source", "directory"), "descale": ("source", "target", "to")}
+    missing = [name for name in needed.get(command, ("target",)) if name not in given]
+    if missing or arguments.config is not None:
+        fault = f"lacks {', '.join(missing)}" if missing else "takes no --config beside directories"
+        raise Ms4Error(f"{fault}: {usage}")
+    with _installed(command):
+        if command == "fetch":
+            fetch = importlib.import_module("ms4.weights.hub")
+            if arguments.free_source and arguments.convert is None:
+                raise Ms4Error("--free-source frees what is converted: it goes with --convert.")
+            fetch.fetch_directory(
+                arguments.source,
+                arguments.directory,
+                revision=arguments.revision,
+                layout=arguments.layout or "hf",
+                convert=arguments.convert,
+                free=arguments.free_source,
+            )
+        elif command == "descale":
+            importlib.import_module("ms4.weights.convert").descale_directory(
+                arguments.source, arguments.target, arguments.to, arguments.softmax_scale or "plain"
+            )
+        else:
+            importlib.import_module("ms4.weights.verify").verify_directory(
+                arguments.target, arguments.source, as_json=arguments.json
+            )
+    return True
+
+
 LOGS = Path("logs")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -104,17 +186,21 @@ def run_stage(stage: str, configuration: config.RunConfig) -> None:
         Ms4Error: bad input, or another process runs the same stage here.
     """
     # The lock comes before the import: `ms4 resume` sees at once that the stage is at work.
-    with _logged(stage), lock.hold(stage):
-        try:
-            module = importlib.import_module(STAGE_MODULES[stage])
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.split(".")[0] == "ms4":
-                raise
-            raise Ms4Error(
-                f"`ms4 {stage}` needs {error.name}, which is not installed: "
-                "pip install 'ms4[train]'"
-            ) from error
-        module.run_stage(configuration)
+    with _logged(stage), lock.hold(stage), _installed(stage):
+        importlib.import_module(STAGE_MODULES[stage]).run_stage(configuration)
+
+
+@contextmanager
+def _installed(command: str) -> Iterator[None]:
+    """Say what to install if a package is missing: the light install has no torch."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "ms4":
+            raise
+        raise Ms4Error(
+            f"`ms4 {command}` needs {error.name}, which is not installed: pip install 'ms4[train]'"
+        ) from error
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,14 +209,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"ms4 {ms4.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for stage in config.STAGES:
-        command = commands.add_parser(stage, help=STAGE_HELP[stage])
+        command = commands.add_parser(stage, help=STAGE_HELP[stage], usage=STAGE_USAGE.get(stage))
         command.add_argument(
             "--config",
             type=Path,
-            default=Path("config/config.yaml"),
             metavar="FILE",
-            help="configuration file (default: config/config.yaml)",
+            help="configuration file of a project (default: config/config.yaml)",
         )
+        if stage in ALONE:
+            ALONE[stage](command)
     resume = commands.add_parser(
         "resume", help="go on after a kill: wait for what still runs, unlock, run Snakemake"
     )
@@ -157,7 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 print_summary(Path())
             case stage:
-                run_stage(stage, config.load(arguments.config))
+                if not _run_alone(arguments):
+                    file = arguments.config or Path("config/config.yaml")
+                    run_stage(stage, config.load(file))
     except Ms4Error as error:
         print(printable(f"ms4 {arguments.command}: {error}"), file=sys.stderr)
         return 2

@@ -108,15 +108,15 @@ def live_owners(root: Path) -> list[Owner]:
 
 
 @contextmanager
-def hold(stage: str) -> Iterator[None]:
-    """Hold the lock of `stage` in the current project directory.
+def hold(stage: str, directory: Path = LOCKS) -> Iterator[None]:
+    """Hold the lock of `stage`, in the current project unless another directory is given.
 
     Raises:
         Ms4Error: another process holds it; nothing was touched.
     """
-    LOCKS.mkdir(exist_ok=True)
-    owner_path = LOCKS / f"{stage}.owner"
-    with (LOCKS / f"{stage}.lock").open("a") as lock_file:
+    directory.mkdir(exist_ok=True)
+    owner_path = directory / f"{stage}.owner"
+    with (directory / f"{stage}.lock").open("a") as lock_file:
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

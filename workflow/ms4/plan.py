@@ -28,6 +28,7 @@ from ms4.config import RunConfig, Target
 from ms4.device import GIB, DeviceKind, find_device
 from ms4.errors import Ms4Error
 from ms4.manifest import read_manifest, write_manifest
+from ms4.weights.shards import table_bytes
 
 PLAN = Path("results/plan.json")
 
@@ -96,7 +97,7 @@ def total_steps(config: RunConfig, bins: int) -> int:
 # A search for what would fit plans the same model some hundred times.
 _tensors = lru_cache(maxsize=16)(spec.tensors)
 _parameters = lru_cache(maxsize=16)(spec.parameters_by_role)
-_source_bytes = lru_cache(maxsize=16)(lambda dims: spec.file_size(spec.disk_tensors(dims)))
+_source_bytes = lru_cache(maxsize=16)(lambda dims: table_bytes(spec.disk_tensors(dims)))
 
 
 def nf4_bytes(shape: tuple[int, ...]) -> int:

@@ -11,11 +11,10 @@ U vision hidden, F vision width, P patch.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -403,25 +402,3 @@ def plan_shards(
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def file_size(table: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Bytes of a safetensors file with these tensors and the metadata {"format": "pt"}.
-
-    The format: an 8-byte length, a compact JSON header padded with spaces to 8 bytes, the data.
-    Tensors lie in the order of their dtypes, wider alignment first, then of their names."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (dtype, shape) in sorted(
-        table.items(), key=lambda item: (-DTYPE_BYTES[item[1][0]], item[0])
-    ):
-        end = offset + DTYPE_BYTES[dtype] * math.prod(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    length = len(json.dumps(header, separators=(",", ":")))
-    return 8 + math.ceil(length / 8) * 8 + offset
-
-
-def dimension_names() -> tuple[str, ...]:
-    """The names of all dimensions, in order."""
-    return tuple(field.name for field in fields(Dimensions))

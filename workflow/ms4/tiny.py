@@ -26,7 +26,7 @@ from ms4.data.chat import Chat
 from ms4.data.conversation import parse_record
 from ms4.data.tekken import write_tekken
 from ms4.manifest import commit_file, write_json
-from ms4.weights import fp8
+from ms4.weights import configs, fp8
 
 STEPS = 800
 BATCH = 48
@@ -35,84 +35,9 @@ SHARD_LIMIT = 1_000_000
 """Bytes of one shard: several of them, as in the published checkpoint."""
 
 
-def hub_config(dims: spec.Dimensions = spec.TINY) -> dict[str, Any]:
-    """`config.json` as the published checkpoint has it, with these dimensions."""
-    return {
-        "architectures": ["Mistral3ForConditionalGeneration"],
-        "dtype": "bfloat16",
-        "image_token_index": 10,
-        "model_type": "mistral3",
-        "multimodal_projector_bias": False,
-        "projector_hidden_act": "gelu",
-        "spatial_merge_size": dims.merge,
-        "tie_word_embeddings": False,
-        "vision_feature_layer": -1,
-        "text_config": {
-            "model_type": "mistral4",
-            "vocab_size": dims.vocabulary,
-            "hidden_size": dims.hidden,
-            "intermediate_size": 3 * dims.hidden,
-            "moe_intermediate_size": dims.expert_width,
-            "num_hidden_layers": dims.layers,
-            "num_attention_heads": dims.heads,
-            "num_key_value_heads": dims.heads,
-            "n_shared_experts": dims.shared_experts,
-            "n_routed_experts": dims.experts,
-            "num_experts_per_tok": dims.experts_per_token,
-            "first_k_dense_replace": 0,
-            "q_lora_rank": dims.q_rank,
-            "kv_lora_rank": dims.kv_rank,
-            "qk_nope_head_dim": dims.nope,
-            "qk_rope_head_dim": dims.rope,
-            "v_head_dim": dims.value,
-            "hidden_act": "silu",
-            "initializer_range": 0.05,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 1048576,
-            "tie_word_embeddings": False,
-            "rope_interleave": True,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 128.0,
-                "original_max_position_embeddings": 8192,
-                "max_position_embeddings": 1048576,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "llama_4_scaling_beta": 0.1,
-            },
-        },
-        "vision_config": {
-            "model_type": "pixtral",
-            "hidden_size": dims.vision_hidden,
-            "intermediate_size": dims.vision_width,
-            "num_hidden_layers": dims.vision_layers,
-            "num_attention_heads": dims.vision_heads,
-            "head_dim": dims.vision_head,
-            "patch_size": dims.patch,
-            "image_size": 1540,
-            "hidden_act": "silu",
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-        "quantization_config": {
-            "quant_method": "fp8",
-            "activation_scheme": "static",
-            "weight_block_size": None,
-            "modules_to_not_convert": [
-                "model.vision_tower",
-                "model.multi_modal_projector",
-                "lm_head",
-            ],
-        },
-    }
-
-
 def _training_config() -> Mistral3Config:
     """The same model for transformers, with the plain softmax scale whatever its version does."""
-    config = hub_config()
+    config = configs.hf_config(spec.TINY)
     del config["quantization_config"]
     config["dtype"] = "float32"  # faster than bf16 on most CPUs, and what an optimizer wants
     # mscale_all_dim 0 alone would multiply cos and sin by 1.485; attention_factor undoes that.
@@ -275,6 +200,6 @@ def build(directory: Path, seed: int, threads: int | None, steps: int = STEPS) -
     model.eval()
     scales = _activation_scales(model, chat, seed)
     store({name: p.detach() for name, p in model.named_parameters()}, scales, directory)
-    write_json(directory / "config.json", hub_config())
+    write_json(directory / "config.json", configs.hf_config(spec.TINY))
     write_json(directory / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2})
     print(f"the tiny model's loss on its own text: {loss:.3f}")

@@ -1,157 +1,458 @@
-"""Stage descale: FP8 with scales → the base that is trained on.
+"""Stage descale: FP8 with scales → the base that is trained on, as a stream.
 
-The source is read tensor by tensor and written in pieces, one a decoder layer, so that memory stays
-bounded by a layer and a kill loses one piece. Each piece has a record beside it (what it was made
-from, its SHA-256); a rerun keeps the pieces whose record holds.
+The source is read in stretches of a few megabytes, converted on all cores and written into pieces,
+one a decoder layer; memory does not grow with the checkpoint. Each piece has a record beside it
+(what it was made from, its SHA-256): a rerun keeps the pieces whose record holds, and the same
+source gives the same bytes, whatever the number of threads and the number of kills.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
-from ms4 import spec
+from ms4 import lock, spec
 from ms4.config import RunConfig
 from ms4.errors import Ms4Error
 from ms4.manifest import (
     check_files,
-    commit_file,
     file_entry,
     read_json,
     read_manifest,
+    sha256_file,
     sha256_json,
     write_json,
     write_manifest,
 )
-from ms4.progress import track
-from ms4.weights import fp8, nf4
+from ms4.weights import configs, fp8, nf4
+from ms4.weights.layouts import Segment, Source
+from ms4.weights.meter import Meter, gigabytes, say
+from ms4.weights.shards import ITEM_BYTES, Bytes, Follower, Piece, Table, writable
 
 SOURCE = Path("weights/source.json")
 BASE = Path("weights/base")
 MANIFEST = Path("weights/base.json")
 INDEX = "model.safetensors.index.json"
+RECORDS = ".pieces"
+OWN_MANIFEST = "base.json"
+"""Where a base that is made outside a project has its manifest: in its own directory."""
+BESIDE = ("tekken.json", "chat_template.jinja", "SYSTEM_PROMPT.txt", "generation_config.json")
+"""Files that go with the weights, if the source has them."""
+STRETCH = 1 << 24
+"""Elements of one task, at most: what a thread reads, converts and writes at a time is a part of
+it."""
+
+Storage = Literal["bf16", "nf4", "fp8"]
+STORAGES: tuple[Storage, ...] = ("bf16", "nf4", "fp8")
+Task = Callable[[], None]
 
 
-class Source:
-    """The tensors of an FP8 checkpoint in the HF layout, read by name."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.dims = spec.read_dimensions(directory)
-        self.files: dict[str, str] = read_json(directory / INDEX)["weight_map"]
-        self._check_keys()
-
-    def _check_keys(self) -> None:
-        expected = set(spec.disk_tensors(self.dims))
-        missing, extra = sorted(expected - set(self.files)), sorted(set(self.files) - expected)
-        if missing or extra:
-            raise Ms4Error(
-                f"{self.directory / INDEX}: not the tensors of this model: "
-                f"{len(missing)} missing ({', '.join(missing[:5]) or 'none'}), "
-                f"{len(extra)} unexpected ({', '.join(extra[:5]) or 'none'}). "
-                "The FP8 checkpoint in the HF layout is wanted, scales included."
-            )
-
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, as it is stored."""
-        path = self.directory / self.files[name]
-        with safe_open(path, framework="pt") as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
-
-    def scales(self) -> dict[str, list[float]]:
-        """Every scale of the checkpoint; BF16 values are exact as JSON numbers."""
-        names = [name for tensor in spec.tensors(self.dims) for name in tensor.scales()]
-        return {name: self.read(name).to(torch.float64).flatten().tolist() for name in names}
-
-    def coded(self, tensor: spec.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One parameter as it is stored, and its scale if it has one, both checked.
-
-        Raises:
-            Ms4Error: a dtype or shape is not the table's, or a scale is not a positive number.
-        """
-        weight = self.read(tensor.disk)
-        wanted = fp8.FP8 if tensor.dtype == "F8_E4M3" else torch.bfloat16
-        if weight.dtype != wanted or tuple(weight.shape) != tensor.shape:
-            raise Ms4Error(
-                f"{self.directory / self.files[tensor.disk]}: {tensor.disk} is "
-                f"{weight.dtype} {tuple(weight.shape)}, not {wanted} {tensor.shape}."
-            )
-        if tensor.dtype != "F8_E4M3":
-            return weight, None
-        scale = self.read(tensor.scale)
-        if tuple(scale.shape) != tensor.scales()[tensor.scale]:
-            raise Ms4Error(f"{tensor.scale}: shape {tuple(scale.shape)} is not the table's.")
-        if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise Ms4Error(f"{tensor.scale}: a scale is zero, negative or not a number.")
-        return weight, scale
+def base_tensors(tensor: spec.Tensor, to: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What a parameter becomes in a base: name → (dtype, shape)."""
+    if to == "fp8" and tensor.dtype == "F8_E4M3":
+        shape = next(iter(tensor.scales().values()))
+        return {tensor.disk: ("F8_E4M3", tensor.shape), tensor.scale: ("BF16", shape)}
+    if to == "nf4" and tensor.role == "experts":
+        count, out, inner = tensor.shape
+        shapes = nf4.packed_shapes(count, out * inner)
+        return {tensor.disk + suffix: value for suffix, value in shapes.items()}
+    return {tensor.disk: ("BF16", tensor.shape)}
 
 
-def base_tensors(dims: spec.Dimensions, experts: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes and shapes of the base's tensors; `experts` is `nf4` or `bf16`."""
+def base_table(dims: spec.Dimensions, to: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of all of a base's tensors."""
     table: dict[str, tuple[str, tuple[int, ...]]] = {}
     for tensor in spec.tensors(dims):
-        if tensor.role == "experts" and experts == "nf4":
-            count, out, inner = tensor.shape
-            shapes = nf4.packed_shapes(count, out * inner)
-            table.update({tensor.disk + suffix: value for suffix, value in shapes.items()})
-        else:
-            table[tensor.disk] = ("BF16", tensor.shape)
+        table |= base_tensors(tensor, to)
     return table
 
 
-def _pieces(dims: spec.Dimensions) -> Iterator[tuple[str, list[spec.Tensor]]]:
-    """The base's files and what is in them."""
+def pieces(dims: spec.Dimensions) -> dict[str, list[spec.Tensor]]:
+    """The base's files and the parameters in each, in the order in which they are made."""
     table = spec.tensors(dims)
     seen = [t for t in table if t.role in ("vision", "projector")]
     text = [t for t in table if t not in seen]
-    yield "text.safetensors", [t for t in text if t.layer is None]
-    for layer in range(dims.layers):
-        yield f"layer-{layer:02d}.safetensors", [t for t in text if t.layer == layer]
-    yield "vision.safetensors", seen
+    layers = {
+        f"layer-{n:02d}.safetensors": [t for t in text if t.layer == n] for n in range(dims.layers)
+    }
+    return {
+        "text.safetensors": [t for t in text if t.layer is None],
+        **layers,
+        "vision.safetensors": seen,
+    }
 
 
-def _make_piece(
-    source: Source, tensors: list[spec.Tensor], path: Path, experts: str
-) -> dict[str, Any]:
-    """Convert some tensors into one file; returns its manifest entry, with the tensors' names."""
-    made: dict[str, torch.Tensor] = {}
-    for tensor in tensors:
-        weight, scale = source.coded(tensor)
-        if scale is None:
-            made[tensor.disk] = weight
-        elif tensor.role == "experts" and experts == "nf4":
-            packed = nf4.quantize_fp8(weight, scale).by_suffix()
-            made.update({tensor.disk + suffix: value for suffix, value in packed.items()})
-        else:
-            made[tensor.disk] = fp8.descale(weight, scale)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(made, temporary, metadata={"format": "pt"})
-    temporary.chmod(0o644)
-    commit_file(temporary, path)
-    return {**file_entry(path, path.parent), "tensors": sorted(made)}
+# How one parameter is converted, in tasks that any thread may take.
 
 
-def base_config(config: dict[str, Any], dims: spec.Dimensions, scale: str) -> dict[str, Any]:
-    """The base's config.json: no quantization block, and the softmax scale written out.
+def _tasks(source: Source, tensor: spec.Tensor, piece: Piece, to: str) -> Iterator[Task]:
+    segments = source.segments(tensor)
+    if to == "nf4" and tensor.role == "experts":
+        each = len(segments) // tensor.shape[0]
+        for expert in range(tensor.shape[0]):
+            own = segments[expert * each : (expert + 1) * each]
+            yield partial(_to_nf4, source, tensor, piece, expert, own)
+    elif to == "fp8" and tensor.dtype == "F8_E4M3":
+        yield from _fp8_tasks(source, tensor, piece, segments)
+    else:
+        convert = _copy if tensor.dtype == "BF16" else _to_bf16
+        for segment in segments:
+            for start in range(0, segment.count, STRETCH):
+                count = min(STRETCH, segment.count - start)
+                yield partial(convert, source, tensor, piece, segment, start, count)
 
-    `plain` is written as yarn parameters that every version of transformers reads as
-    1/sqrt(head): mscale_all_dim 0 switches the factor off, and attention_factor 1 keeps cos and sin
-    from being multiplied instead. `softmax_scale` is what our own attention uses.
+
+def _codes(source: Source, segment: Segment, start: int, count: int) -> Bytes:
+    codes = source.read(segment, start, count)
+    if fp8.has_nan(codes):
+        raise Ms4Error(
+            f"{segment.entry.path}: {segment.entry.name}: holds FP8 codes that are not a number; "
+            "the file is damaged at its origin. Fetch it again, or use another source."
+        )
+    return codes
+
+
+def _copy(
+    source: Source, tensor: spec.Tensor, piece: Piece, segment: Segment, start: int, count: int
+) -> None:
+    for at in range(start, start + count, fp8.CHUNK):
+        some = min(fp8.CHUNK, start + count - at)
+        piece.write(tensor.disk, 2 * (segment.at + at), source.read(segment, at, some))
+
+
+def _to_bf16(
+    source: Source, tensor: spec.Tensor, piece: Piece, segment: Segment, start: int, count: int
+) -> None:
+    for at in range(start, start + count, fp8.CHUNK):
+        some = min(fp8.CHUNK, start + count - at)
+        codes = _codes(source, segment, at, some)
+        made = np.empty(some, np.uint16)
+        fp8.descale_codes(codes, segment.scale, made)
+        piece.write(tensor.disk, 2 * (segment.at + at), made)
+
+
+def _to_nf4(
+    source: Source, tensor: spec.Tensor, piece: Piece, expert: int, segments: Sequence[Segment]
+) -> None:
+    """One projection of one expert, in one segment or, in the native layout, gate and up apart."""
+    codes_name, absmax_name, scale_name, offset_name = (
+        tensor.disk + suffix for suffix in nf4.SUFFIXES
+    )
+    magnitudes = []
+    for segment in segments:
+        for at in range(0, segment.count, nf4.CHUNK):
+            some = min(nf4.CHUNK, segment.count - at)
+            made = np.empty(some // 2, np.uint8)
+            codes = _codes(source, segment, at, some)
+            largest = nf4.quantize_codes(codes, segment.scale, made)
+            magnitudes.append(nf4.block_magnitudes(largest, segment.scale))
+            piece.write(codes_name, (segment.at + at) // 2, made)
+    absmax, scale, offset = nf4.pack_absmax(torch.cat(magnitudes))
+    piece.write(absmax_name, expert * absmax.nbytes, absmax.numpy())
+    piece.write(scale_name, expert * scale.nbytes, scale.numpy())
+    piece.write(offset_name, expert * offset.nbytes, offset.numpy())
+
+
+def fused_scales(tensor: spec.Tensor, segments: Sequence[Segment]) -> list[float]:
+    """The scale of each matrix of the HF tensor: of gate and up of an expert the larger one."""
+    matrices = tensor.shape[0] if tensor.role == "experts" else 1
+    each = len(segments) // matrices
+    scales = [segment.scale for segment in segments]
+    return [max(scales[i * each : (i + 1) * each]) for i in range(matrices)]
+
+
+def _fp8_tasks(
+    source: Source, tensor: spec.Tensor, piece: Piece, segments: Sequence[Segment]
+) -> Iterator[Task]:
+    fused = fused_scales(tensor, segments)
+    bits = torch.tensor(fused).bfloat16().view(torch.int16).numpy()
+    yield partial(piece.write, tensor.scale, 0, bits)
+    each = len(segments) // len(fused)
+    for number, segment in enumerate(segments):
+        for start in range(0, segment.count, STRETCH):
+            count = min(STRETCH, segment.count - start)
+            scale = fused[number // each]
+            yield partial(_to_fp8, source, tensor, piece, segment, start, count, scale)
+
+
+def _to_fp8(
+    source: Source,
+    tensor: spec.Tensor,
+    piece: Piece,
+    segment: Segment,
+    start: int,
+    count: int,
+    scale: float,
+) -> None:
+    """Codes as they are, or, where gate and up share the larger of two scales, rounded again."""
+    for at in range(start, start + count, fp8.CHUNK):
+        some = min(fp8.CHUNK, start + count - at)
+        codes = _codes(source, segment, at, some)
+        if segment.scale != scale:
+            codes = np.take(_rescaling(segment.scale, scale), codes)
+        piece.write(tensor.disk, segment.at + at, codes)
+
+
+@lru_cache(maxsize=256)
+def _rescaling(before: float, after: float) -> Bytes:
+    """The code under the scale `after` that is nearest to each code under the scale `before`."""
+    values = torch.arange(256, dtype=torch.uint8).view(fp8.FP8).float() * before / after
+    codes: Bytes = values.clamp(-fp8.FP8_MAX, fp8.FP8_MAX).to(fp8.FP8).view(torch.uint8).numpy()
+    return codes
+
+
+# Pieces and their records.
+
+
+@dataclass(frozen=True)
+class Job:
+    """A conversion: what, where to, and by which hash its pieces are known."""
+
+    source: Source
+    target: Path
+    to: Storage
+    threads: int
+    made_from: str
+    """Hash of the source's files and of `to`: a piece that was made from something else is made
+    anew."""
+
+    @property
+    def records(self) -> Path:
+        """Directory of the pieces' records."""
+        return self.target / RECORDS
+
+    def table(self, name: str) -> Table:
+        """The tensors of a piece."""
+        table: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for tensor in pieces(self.source.dims)[name]:
+            table |= base_tensors(tensor, self.to)
+        return table
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """A piece's record, if it holds for what is here: by time stamp, else by hash."""
+        path, kept = self.target / name, self.records / f"{name}.json"
+        if not (kept.exists() and path.is_file()):
+            return None
+        try:
+            record = read_json(kept)
+            entry, when = record["entry"], record["mtime_ns"]
+            if record["made_from"] != self.made_from or path.stat().st_size != entry["size"]:
+                return None
+        except (Ms4Error, KeyError, TypeError):
+            return None
+        if path.stat().st_mtime_ns != when and sha256_file(path) != entry["sha256"]:
+            return None
+        return dict(record)
+
+    def keep(self, piece: Piece, digest: str) -> None:
+        """Write the record of a finished piece."""
+        name = piece.path.name
+        record = {
+            "made_from": self.made_from,
+            "entry": {"path": name, "size": piece.size, "sha256": digest},
+            "tensors": sorted(self.table(name)),
+            "mtime_ns": piece.path.stat().st_mtime_ns,
+            "source_scales": self.source.all_scales(pieces(self.source.dims)[name]),
+        }
+        with writable(piece.path):
+            write_json(self.records / f"{name}.json", record)
+
+
+def convert(job: Job, names: Sequence[str], meter: Meter) -> None:
+    """Make those of the named pieces that are not here whole; their sources must be.
+
+    Raises:
+        Ms4Error: the source is damaged, or the disk is full; whole pieces are kept.
     """
-    made = {key: value for key, value in config.items() if key != "quantization_config"}
-    text = dict(made["text_config"])
-    rope = dict(text.get("rope_parameters") or {})
-    text["softmax_scale"] = dims.softmax_scales(rope)[scale]
-    rope |= {"mscale_all_dim": 0.0 if scale == "plain" else 1.0, "attention_factor": 1.0}
-    text["rope_parameters"] = rope
-    return {**made, "text_config": text, "dtype": "bfloat16"}
+    with writable(job.target):
+        job.records.mkdir(parents=True, exist_ok=True)
+    begun: list[Piece] = []
+    follower = Follower(job.keep)
+    slots = threading.BoundedSemaphore(4 * job.threads)
+    failed: list[BaseException] = []
+
+    def ended(size: int, future: Future[None]) -> None:
+        slots.release()
+        error = future.exception() if not future.cancelled() else None
+        if error is not None:
+            failed.append(error)
+        meter.add(size)
+
+    pool = ThreadPoolExecutor(job.threads)
+    try:
+        for name in names:
+            tensors = pieces(job.source.dims)[name]
+            if job.record(name) is not None:
+                meter.add(sum(tensor.numel for tensor in tensors))
+                continue
+            with writable(job.target):
+                (job.records / f"{name}.json").unlink(missing_ok=True)
+            piece = Piece(job.target / name, job.table(name))
+            begun.append(piece)
+            follower.add(piece)
+            for tensor in tensors:
+                tasks = list(_tasks(job.source, tensor, piece, job.to))
+                share = tensor.numel // len(tasks)
+                for task in tasks:
+                    slots.acquire()
+                    if failed:
+                        slots.release()
+                        raise failed[0]
+                    follower.check()
+                    pool.submit(task).add_done_callback(partial(ended, share))
+        pool.shutdown(wait=True)
+        if failed:
+            raise failed[0]
+        follower.close()
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        follower.abandon()
+        for piece in begun:
+            piece.close()
+            piece.temporary.unlink(missing_ok=True)
+        raise
+
+
+def total_elements(dims: spec.Dimensions) -> int:
+    """What the progress of a whole conversion counts up to."""
+    return sum(tensor.numel for tensor in spec.tensors(dims))
+
+
+def disk_needed(job: Job) -> int:
+    """Bytes that the pieces that are not here yet will take."""
+    return sum(
+        ITEM_BYTES[dtype] * int(np.prod(shape, dtype=np.int64))
+        for name in pieces(job.source.dims)
+        if job.record(name) is None
+        for dtype, shape in job.table(name).values()
+    )
+
+
+def finish(
+    job: Job, manifest: Path, softmax_scale: str, config_hash: str, inputs: Sequence[Path]
+) -> dict[str, Any]:
+    """Write index, settings, the files beside the weights, and the manifest, which vouches for all.
+
+    Raises:
+        Ms4Error: a piece is missing.
+    """
+    records = {name: job.record(name) for name in pieces(job.source.dims)}
+    whole = {name: record for name, record in records.items() if record is not None}
+    if missing := [name for name in records if name not in whole]:
+        raise Ms4Error(f"{job.target}: {', '.join(missing)} changed meanwhile; run again.")
+    entries = [record["entry"] for record in whole.values()]
+    weight_map = {tensor: name for name, record in whole.items() for tensor in record["tensors"]}
+    size = sum(entry["size"] for entry in entries)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    config = configs.base_config(job.source.config, job.source.dims, softmax_scale)
+    with writable(job.target):
+        write_json(job.target / INDEX, index)
+        write_json(job.target / "config.json", config)
+        for name in BESIDE:
+            if (job.source.directory / name).is_file():
+                shutil.copyfile(job.source.directory / name, job.target / name)
+        beside = [INDEX, "config.json", *(n for n in BESIDE if (job.target / n).is_file())]
+        entries += [file_entry(job.target / name, job.target) for name in beside]
+        scales: dict[str, list[float]] = {}
+        for record in whole.values():
+            scales |= record["source_scales"]
+        return write_manifest(
+            manifest,
+            "descale",
+            config_hash=config_hash,
+            inputs=inputs,
+            files=entries,
+            directory=job.target.as_posix(),
+            experts=job.to,
+            layout=job.source.layout,
+            softmax_scale=softmax_scale,
+            parameters=total_elements(job.source.dims),
+            source_scales=dict(sorted(scales.items())),
+        )
+
+
+def run(
+    source: Source,
+    target: Path,
+    to: Storage,
+    *,
+    softmax_scale: str,
+    threads: int,
+    identity: Any,
+    manifest: Path,
+    config_hash: str,
+    inputs: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Convert a whole checkpoint; returns the manifest.
+
+    Args:
+        source: where all files are.
+        target: directory of the base.
+        to: how FP8 tensors are stored in it.
+        softmax_scale: the configuration's name for it.
+        threads: that convert.
+        identity: of the source's content: a JSON value that changes when the content does.
+        manifest: where the manifest goes.
+        config_hash: of the stage's part of the configuration.
+        inputs: manifests that the stage read.
+
+    Raises:
+        Ms4Error: the source is damaged or not this model, or the disk is full.
+    """
+    job = Job(source, target, to, threads, sha256_json([identity, to]))
+    with writable(target):
+        target.mkdir(parents=True, exist_ok=True)
+        needed, free = disk_needed(job), shutil.disk_usage(target).free
+    if needed > free:
+        raise Ms4Error(
+            f"{target}: the base takes {gigabytes(needed)} more and the disk has {gigabytes(free)} "
+            "free. Free some, or use another disk; what is whole is kept."
+        )
+    if to == "nf4":
+        _check_blocks(source.dims)
+    names = list(pieces(source.dims))
+    with Meter("descale", total_elements(source.dims)) as meter:
+        convert(job, names, meter)
+    lossy = (
+        sum(_rounded_again(source, tensor) for tensor in spec.tensors(source.dims))
+        if (to == "fp8" and source.layout == "native")
+        else 0
+    )
+    if lossy:
+        say(
+            f"{lossy} expert matrices share a scale with their gate or up matrix in the HF layout "
+            "and were rounded to FP8 again: that is lossy. bf16 and nf4 are made without."
+        )
+    made = finish(job, manifest, softmax_scale, config_hash, inputs)
+    size = sum(entry["size"] for entry in made["files"])
+    print(f"base: {len(names)} pieces, {size / 1e9:.2f} GB, experts in {to}")
+    return made
+
+
+def _check_blocks(dims: spec.Dimensions) -> None:
+    for tensor in spec.tensors(dims):
+        # Gate and up are apart in one layout, and no block may hold some of both.
+        if tensor.role == "experts" and dims.expert_width * dims.hidden % nf4.BLOCK:
+            raise Ms4Error(
+                f"{tensor.disk}: an expert's {dims.expert_width} × {dims.hidden} weights are no "
+                f"whole blocks of {nf4.BLOCK}, which nf4 takes; use bf16 or fp8."
+            )
+
+
+def _rounded_again(source: Source, tensor: spec.Tensor) -> int:
+    if tensor.transform != "stack_gate_up":
+        return 0
+    scales = source.weight_scales(tensor)
+    return sum(gate != up for gate, up in zip(scales[::2], scales[1::2], strict=True))
 
 
 def run_stage(config: RunConfig) -> None:
@@ -159,54 +460,47 @@ def run_stage(config: RunConfig) -> None:
     manifest = read_manifest(SOURCE, "fetch")
     directory = Path(manifest["directory"])
     check_files(manifest, directory)
-    source = Source(directory)
-    torch.set_num_threads(config.run.threads or torch.get_num_threads())
-    made_from = sha256_json([manifest["files"], config.part_hash("descale")])
-    records = BASE / ".pieces"
-    records.mkdir(parents=True, exist_ok=True)
-    entries: list[dict[str, Any]] = []
-    for name, tensors in track(list(_pieces(source.dims)), "descale"):
-        record_path, path = records / f"{name}.json", BASE / name
-        record = read_json(record_path) if record_path.exists() else {}
-        if not (
-            record.get("made_from") == made_from
-            and path.exists()
-            and file_entry(path, BASE) == record["entry"]
-        ):
-            record_path.unlink(missing_ok=True)
-            entry = _make_piece(source, tensors, path, config.model.experts)
-            names = entry.pop("tensors")
-            record = {"made_from": made_from, "entry": entry, "tensors": names}
-            write_json(record_path, record)
-        entries.append(record["entry"])
-    weight_map = {
-        name: Path(record.name).stem
-        for record in sorted(records.glob("*.json"))
-        for name in read_json(record)["tensors"]
-    }
-    sizes = sum(entry["size"] for entry in entries)
-    write_json(
-        BASE / INDEX,
-        {"metadata": {"total_size": sizes}, "weight_map": dict(sorted(weight_map.items()))},
-    )
-    write_json(
-        BASE / "config.json",
-        base_config(read_json(directory / "config.json"), source.dims, config.model.softmax_scale),
-    )
-    shutil.copyfile(directory / "tekken.json", BASE / "tekken.json")
-    entries += [file_entry(BASE / name, BASE) for name in (INDEX, "config.json", "tekken.json")]
-    write_manifest(
-        MANIFEST,
-        "descale",
-        config_hash=config.part_hash("descale"),
-        inputs=[SOURCE],
-        files=entries,
-        directory=BASE.as_posix(),
-        experts=config.model.experts,
-        softmax_scale=config.model.softmax_scale,
-        parameters=sum(tensor.numel for tensor in spec.tensors(source.dims)),
-        source_scales=source.scales(),
-    )
-    print(
-        f"base: {len(entries) - 3} pieces, {sizes / 1e9:.2f} GB, experts in {config.model.experts}"
-    )
+    threads = config.run.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with Source(directory) as source:
+        run(
+            source,
+            BASE,
+            config.model.experts,
+            softmax_scale=config.model.softmax_scale,
+            threads=threads,
+            identity=manifest["files"],
+            manifest=MANIFEST,
+            config_hash=config.part_hash("descale"),
+            inputs=[SOURCE],
+        )
+
+
+def descale_directory(directory: Path, target: Path, to: Storage, softmax_scale: str) -> None:
+    """`ms4 descale SOURCE TARGET`: a base outside a project, its manifest in its own directory.
+
+    Raises:
+        Ms4Error: the source is damaged or not this model, or another process writes the target.
+    """
+    with Source(directory) as source:
+        used = sorted(set(source.files.values()))
+        if missing := [name for name in used if not (directory / name).exists()]:
+            raise Ms4Error(f"{directory}: lacks {', '.join(missing)}, which the index names.")
+        if target.resolve() == directory.resolve():
+            raise Ms4Error(f"{target}: is the source itself; give another directory.")
+        with writable(target):
+            target.mkdir(parents=True, exist_ok=True)
+        # Whole files are hashed when they are fetched; here size and time stamp have to do.
+        stats = {name: (directory / name).stat() for name in used}
+        identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
+        with lock.hold("descale", target / lock.LOCKS):
+            run(
+                source,
+                target,
+                to,
+                softmax_scale=softmax_scale,
+                threads=torch.get_num_threads(),
+                identity=identity,
+                manifest=target / OWN_MANIFEST,
+                config_hash=sha256_json([to, softmax_scale]),
+            )

@@ -6,6 +6,7 @@ Shape letters: E experts, O out, I in. A linear's scale is 0-d, the experts' is 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -14,8 +15,11 @@ import torch
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
-CHUNK = 1 << 20
-"""Pairs of codes that are looked up at once: what comes and goes stays in the cache."""
+CHUNK = 1 << 21
+"""Codes that are looked up at once: what comes and goes stays in the cache."""
+
+Codes = npt.NDArray[np.uint8]
+"""FP8 codes as bytes, in one dimension."""
 
 
 def descale_plain(codes: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tensor:
@@ -30,39 +34,63 @@ def descale_plain(codes: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tensor:
 def descale(codes: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tensor:
     """FP8 codes × scale → BF16, on the CPU and on as many threads as torch has.
 
-    There are only 256 products with a scale. A table of all pairs of them, four bytes for two
-    codes, is looked up instead of multiplying: that is several times faster.
-
     Args:
         codes: [O, I] or [E, O, I], float8_e4m3fn.
         scale_inv: 0-d or [E, 1, 1], bfloat16.
     """
-    scales = scale_inv.reshape(-1)
-    if codes.numel() % (2 * scales.numel()):
-        return descale_plain(codes, scale_inv)
-    pairs = codes.contiguous().view(torch.uint8).numpy().reshape(len(scales), -1).view(np.uint16)
+    scales = scale_inv.reshape(-1).tolist()
+    rows = codes.contiguous().view(torch.uint8).numpy().reshape(len(scales), -1)
     made = torch.empty(codes.shape, dtype=torch.bfloat16)
-    values = made.view(torch.int16).numpy().reshape(len(scales), -1).view(np.uint32)
-    tables = [_pair_table(scale) for scale in scales]
+    values = made.view(torch.int16).numpy().view(np.uint16).reshape(len(scales), -1)
 
     def look_up(task: tuple[int, int]) -> None:
         row, start = task
         span = slice(start, start + CHUNK)
-        # `wrap` never wraps here, but spares a copy that guards against bad indices.
-        np.take(tables[row], pairs[row, span], out=values[row, span], mode="wrap")
+        descale_codes(rows[row, span], scales[row], values[row, span])
 
-    tasks = product(range(len(scales)), range(0, pairs.shape[1], CHUNK))
+    tasks = product(range(len(scales)), range(0, rows.shape[1], CHUNK))
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         list(threads.map(look_up, tasks))  # numpy lets go of the interpreter meanwhile
     return made
 
 
-def _pair_table(scale: torch.Tensor) -> npt.NDArray[np.uint32]:
+def descale_codes(codes: Codes, scale: float, out: npt.NDArray[np.uint16]) -> None:
+    """The bits of the BF16 products of codes with one scale, on this thread.
+
+    There are only 256 products with a scale. A table of all pairs of them, four bytes for two
+    codes, is looked up instead of multiplying: that is several times faster.
+
+    Args:
+        codes: at best not many more than `CHUNK`.
+        scale: a BF16 number.
+        out: of the same length.
+    """
+    if len(codes) % 2:
+        out[:] = np.take(_pair_table(scale)[:256], codes)  # the first of a pair: the low half
+        return
+    pairs, values = codes.view(np.uint16), out.view(np.uint32)
+    # `wrap` never wraps here, but spares a copy that guards against bad indices.
+    np.take(_pair_table(scale), pairs, out=values, mode="wrap")
+
+
+@lru_cache(maxsize=256)
+def _pair_table(scale: float) -> npt.NDArray[np.uint32]:
     """The BF16 products of each two codes by the 16 bits of the two, the first in the low byte."""
     codes = torch.arange(256, dtype=torch.uint8).view(FP8)
-    one = descale_plain(codes, scale).view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+    products = descale_plain(codes, torch.tensor(scale))
+    one = products.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
     table: npt.NDArray[np.uint32] = one[:, None] << np.uint32(16) | one[None, :]
     return table.reshape(-1)
+
+
+def has_nan(codes: Codes) -> bool:
+    """Whether any code is NaN (seven ones after the sign)."""
+    if len(codes) % 8:
+        return bool(((codes & 127) == 127).any())
+    # Adding one to the seven bits carries into the eighth only from seven ones; eight codes a word.
+    words = codes.view(np.uint64) & np.uint64(0x7F7F7F7F7F7F7F7F)
+    words += np.uint64(0x0101010101010101)
+    return bool((words & np.uint64(0x8080808080808080)).any())
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,8 +28,8 @@ GROUP = 256
 MAX_EXPERTS = 64
 """Experts in one call: bitsandbytes counts elements in int32, and 64 experts of the published model
 hold 2**30 elements of gate_up_proj."""
-BLOCKS_AT_ONCE = 1 << 14
-"""Blocks that are looked up at once: what comes and goes stays in the cache."""
+CHUNK = 1 << 20
+"""Weights that are looked up at once: what comes and goes stays in the cache."""
 SUFFIXES = (".nf4", ".absmax", ".absmax_scale", ".absmax_offset")
 
 
@@ -77,36 +77,64 @@ def quantize_fp8(codes_EOI: torch.Tensor, scale_E11: torch.Tensor) -> Packed:
     """FP8 codes with a scale an expert → the NF4 that `quantize` makes of the BF16 products, to the
     bit, but without them; on the CPU and on as many threads as torch has.
 
-    A block's largest magnitude is that of one of its codes, so which NF4 value is nearest to a
-    weight depends on nothing but the block's largest code and the weight's: with a given scale that
-    is a table of 128 · 256 entries, here for two codes at once.
-
     Args:
         codes_EOI: float8_e4m3fn; an expert must be whole blocks of 64.
         scale_E11: bfloat16, positive.
     """
     _check_blocks(codes_EOI)
     experts = codes_EOI.shape[0]
-    blocks_EBW = codes_EOI.contiguous().view(torch.uint8).numpy().reshape(experts, -1, BLOCK)
-    codes = torch.empty(experts, codes_EOI[0].numel() // 2, dtype=torch.uint8)
-    packed = codes.numpy().reshape(experts, -1, BLOCK // 2)
-    largest = np.empty(blocks_EBW.shape[:2], np.uint8)
+    rows = codes_EOI.contiguous().view(torch.uint8).numpy().reshape(experts, -1)
+    codes = torch.empty(experts, rows.shape[1] // 2, dtype=torch.uint8)
+    packed = codes.numpy()
+    largest = np.empty((experts, rows.shape[1] // BLOCK), np.uint8)
+    scales = scale_E11.flatten().tolist()
 
     def look_up(task: tuple[int, int]) -> None:
         expert, start = task
-        block = blocks_EBW[expert, start : start + BLOCKS_AT_ONCE]
-        span = slice(start, start + len(block))
-        np.max(block & 127, axis=1, out=largest[expert, span])
-        index = largest[expert, span].astype(np.uint32)[:, None] << 16 | block.view(np.uint16)
-        np.take(_pair_table(scales[expert]), index, out=packed[expert, span], mode="wrap")
+        end = start + CHUNK
+        largest[expert, start // BLOCK : end // BLOCK] = quantize_codes(
+            rows[expert, start:end], scales[expert], packed[expert, start // 2 : end // 2]
+        )
 
-    scales = scale_E11.flatten().tolist()
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        starts = range(0, blocks_EBW.shape[1], BLOCKS_AT_ONCE)
-        list(threads.map(look_up, product(range(experts), starts)))
-    rows = torch.from_numpy(largest).int()
-    absmax = torch.stack([_products(x)[row] for x, row in zip(scales, rows, strict=True)])
-    return _with_packed_absmax(codes, absmax)
+        list(threads.map(look_up, product(range(experts), range(0, rows.shape[1], CHUNK))))
+    absmax = [block_magnitudes(row, scale) for row, scale in zip(largest, scales, strict=True)]
+    return _with_packed_absmax(codes, torch.stack(absmax))
+
+
+def quantize_codes(codes: fp8.Codes, scale: float, out: fp8.Codes) -> fp8.Codes:
+    """FP8 codes with one scale → NF4 codes, on this thread; returns each block's largest code.
+
+    A block's largest magnitude is that of one of its codes, so which NF4 value is nearest to a
+    weight depends on nothing but the block's largest code and the weight's: with a given scale that
+    is a table of 128 · 256 entries, here for two codes at once.
+
+    Args:
+        codes: whole blocks of 64, at best not many more than `CHUNK`.
+        scale: a positive BF16 number.
+        out: half as long; the first of two codes goes to the high half of a byte.
+    """
+    blocks = codes.reshape(-1, BLOCK)
+    largest: fp8.Codes = np.max(blocks & 127, axis=1)
+    index = largest.astype(np.uint32)[:, None] << np.uint32(16) | blocks.view(np.uint16)
+    np.take(_pair_table(scale), index, out=out.reshape(-1, BLOCK // 2), mode="wrap")
+    return largest
+
+
+def block_magnitudes(largest: fp8.Codes, scale: float) -> torch.Tensor:
+    """The largest magnitude of each block, float32, from its largest code."""
+    return _products(scale)[torch.from_numpy(largest).int()]
+
+
+def pack_absmax(absmax_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The blocks' magnitudes of one expert in 8 bits, as bitsandbytes does it: less their mean.
+
+    Returns:
+        uint8 [B], float32 [⌈B/256⌉] and the mean, float32 0-d.
+    """
+    offset = absmax_B.mean()
+    quantized, state = bnb.quantize_blockwise(absmax_B - offset, blocksize=GROUP)
+    return quantized.flatten(), state.absmax.to(torch.float32), offset
 
 
 @lru_cache(maxsize=16)
@@ -137,14 +165,8 @@ def _check_blocks(weight_EOI: torch.Tensor) -> None:
 
 
 def _with_packed_absmax(codes: torch.Tensor, absmax_EB: torch.Tensor) -> Packed:
-    """Quantize the blocks' magnitudes as bitsandbytes does: less their mean, in 8 bits."""
-    packed, scale = [], []
-    offset = absmax_EB.mean(dim=1)
-    for row, mean in zip(absmax_EB, offset, strict=True):
-        quantized, state = bnb.quantize_blockwise(row - mean, blocksize=GROUP)
-        packed.append(quantized.flatten())
-        scale.append(state.absmax.to(torch.float32))
-    return Packed(codes, torch.stack(packed), torch.stack(scale), offset)
+    packed, scale, offset = zip(*map(pack_absmax, absmax_EB), strict=True)
+    return Packed(codes, torch.stack(packed), torch.stack(scale), torch.stack(offset))
 
 
 _TABLES: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -1,0 +1,326 @@
+"""A checkpoint in one of its two layouts, read as the table of `ms4.spec` has it.
+
+The HF layout stacks the experts and puts gate over up; Mistral's native layout keeps each expert's
+matrices apart, each with a scale of its own, and orders the rows of the vision tower's q and k by
+interleaved pairs. Whatever the layout, a parameter is a row of segments: stretches of bytes in a
+file that belong to one place of the HF tensor and have one scale.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ms4 import spec
+from ms4.errors import Ms4Error
+from ms4.manifest import read_json
+from ms4.weights import configs
+from ms4.weights.shards import ITEM_BYTES, Bytes, Entry, Reader, read_header
+
+Layout = Literal["hf", "native"]
+INDEX: Mapping[Layout, str] = {
+    "hf": "model.safetensors.index.json",
+    "native": "consolidated.safetensors.index.json",
+}
+SETTINGS: Mapping[Layout, str] = {"hf": "config.json", "native": "params.json"}
+_LONE: Mapping[Layout, str] = {"hf": "model*.safetensors", "native": "consolidated*.safetensors"}
+"""Files of weights where there is no index."""
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_NAMED = 5
+"""Tensors that one error names."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of one parameter."""
+
+    entry: Entry
+    """The stored tensor that holds it."""
+    offset: int
+    """Where it begins there, in elements."""
+    at: int
+    """Where it begins in the HF tensor, in elements."""
+    count: int
+    """Elements."""
+    scale: float
+    """Of its FP8 codes; 1 where it is in BF16."""
+
+
+def shard_names(path: Path) -> dict[str, str]:
+    """Tensor → file of the index at `path`.
+
+    Raises:
+        Ms4Error: it is no index, or names something else than safetensors files beside it.
+    """
+    index = read_json(path)
+    files = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise Ms4Error(f"{path}: has no weight_map; it is not the index of a checkpoint.")
+    # A name is opened, and written when it comes from a hub: it must not lead out of the directory,
+    # and no format but safetensors is read, as others can run code.
+    if bad := sorted({str(name) for name in files.values() if not _plain(name)}):
+        listing = ", ".join(repr(name[:80]) for name in bad[:_NAMED])
+        raise Ms4Error(
+            f"{path}: names {listing} as a shard; only plain file names that end in .safetensors "
+            "are accepted. Use another source."
+        )
+    return dict(files)
+
+
+def _plain(name: Any) -> bool:
+    return isinstance(name, str) and _SHARD.fullmatch(name) is not None
+
+
+def find_layout(directory: Path) -> Layout:
+    """Which layout a directory holds; the HF layout if it holds both.
+
+    Raises:
+        Ms4Error: neither.
+    """
+    if not directory.is_dir():
+        fault = "is not a directory" if directory.exists() else "no such directory"
+        raise Ms4Error(f"{directory}: {fault}; give one that holds the weights.")
+    for layout in INDEX:
+        if (directory / SETTINGS[layout]).is_file() and any(directory.glob(_LONE[layout])):
+            return layout
+    raise Ms4Error(
+        f"{directory}: holds no weights of this model: neither {SETTINGS['hf']} with "
+        f"model*.safetensors nor {SETTINGS['native']} with consolidated*.safetensors."
+    )
+
+
+def read_settings(directory: Path, layout: Layout) -> dict[str, Any]:
+    """The `config.json` of a checkpoint, made from `params.json` in the native layout.
+
+    Raises:
+        Ms4Error: it is missing, unreadable or of another model.
+    """
+    path = directory / SETTINGS[layout]
+    if not path.is_file():  # a pipe, say, would never end
+        raise Ms4Error(f"{path}: cannot be read (no such file).")
+    settings = read_json(path)
+    if layout == "native":
+        return configs.from_params(settings, str(path))
+    spec.dimensions_from_config(settings, str(path))
+    return dict(settings)
+
+
+def native_names(tensor: spec.Tensor) -> Iterator[str]:
+    """The native tensors that a parameter comes from, in the order of its data: for the experts
+    one each, or gate and up of each."""
+    if tensor.transform == "stack_gate_up":
+        for expert in range(tensor.shape[0]):
+            for w in ("w1", "w3"):
+                yield tensor.native.format(E=expert, w=w)
+    elif tensor.transform == "stack_experts":
+        for expert in range(tensor.shape[0]):
+            yield tensor.native.format(E=expert)
+    else:
+        yield tensor.native
+
+
+def native_scales(name: str) -> tuple[str, str]:
+    """Names of the weight's and the activation's scale beside a native FP8 tensor."""
+    stem = name.removesuffix(".weight")
+    return f"{stem}.qscale_weight", f"{stem}.qscale_act"
+
+
+def part_shape(tensor: spec.Tensor) -> tuple[int, ...]:
+    """Shape of each of a parameter's native tensors."""
+    if tensor.transform == "stack_gate_up":
+        return (tensor.shape[1] // 2, tensor.shape[2])
+    return tensor.shape[1:] if tensor.transform == "stack_experts" else tensor.shape
+
+
+def rope_order(dims: spec.Dimensions) -> npt.NDArray[np.intp]:
+    """Row of the native vision q or k that each row of the HF one is: interleaved pairs (0 1 0 1 …)
+    become halves (0 0 … 1 1 …), head by head."""
+    rows = np.arange(dims.vision_heads * dims.vision_head)
+    return rows.reshape(dims.vision_heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def expected(dims: spec.Dimensions, layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every tensor of the FP8 checkpoint in a layout: name → (dtype, shape), scales included."""
+    if layout == "hf":
+        return spec.disk_tensors(dims)
+    table: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for tensor in spec.tensors(dims):
+        for name in native_names(tensor):
+            table[name] = (tensor.dtype, part_shape(tensor))
+            if tensor.dtype == "F8_E4M3":
+                table.update(dict.fromkeys(native_scales(name), ("BF16", ())))
+    return table
+
+
+class Source:
+    """The tensors of an FP8 checkpoint. A context: it keeps its files open.
+
+    Some files may be absent (they are still being fetched, or were freed): what needs them must not
+    be asked for.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Open the checkpoint in `directory`.
+
+        Raises:
+            Ms4Error: it is not exactly this model in FP8 with its scales; says what differs.
+        """
+        self.directory = directory
+        self.layout = find_layout(directory)
+        self.config = read_settings(directory, self.layout)
+        self.dims = spec.dimensions_from_config(self.config, str(directory / SETTINGS[self.layout]))
+        self.reader = Reader()
+        self.entries: dict[str, Entry] = {}
+        self.files = self._files()
+        self._expected = expected(self.dims, self.layout)
+        self._check_names()
+        self._open: set[str] = set()
+        self.refresh()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reader.__exit__()
+
+    def _files(self) -> dict[str, str]:
+        index = self.directory / INDEX[self.layout]
+        if index.is_file():
+            return shard_names(index)
+        found: dict[str, str] = {}
+        for path in sorted(self.directory.glob(_LONE[self.layout])):
+            for name in read_header(path):
+                if name in found:
+                    raise Ms4Error(f"{path}: {name} is in {found[name]} too; remove one of them.")
+                found[name] = path.name
+        return found
+
+    def _check_names(self) -> None:
+        missing = sorted(self._expected.keys() - self.files.keys())
+        extra = sorted(self.files.keys() - self._expected.keys())
+        if missing or extra:
+            raise Ms4Error(
+                f"{self.directory}: not the tensors of this model: "
+                f"{len(missing)} missing ({', '.join(missing[:_NAMED]) or 'none'}), "
+                f"{len(extra)} unexpected ({', '.join(extra[:_NAMED]) or 'none'}). "
+                "The FP8 checkpoint is wanted, scales included."
+            )
+
+    def refresh(self) -> None:
+        """Read the headers of the files that have come since.
+
+        Raises:
+            Ms4Error: a header is not true, or a tensor is not what it should be.
+        """
+        for file in sorted(set(self.files.values()) - self._open):
+            path = self.directory / file
+            if not path.exists():
+                continue
+            found = read_header(path)
+            wanted = {name for name, where in self.files.items() if where == file}
+            if faults := [*sorted(wanted - found.keys()), *sorted(found.keys() - wanted)]:
+                raise Ms4Error(
+                    f"{path}: the index and the file disagree about {len(faults)} tensors "
+                    f"({', '.join(faults[:_NAMED])}); fetch both again."
+                )
+            for name, entry in found.items():
+                dtype, shape = self._expected[name]
+                if entry.dtype != dtype or not _same_shape(entry.shape, shape):
+                    raise Ms4Error(
+                        f"{path}: {name} is {entry.dtype} {list(entry.shape)}, not {dtype} "
+                        f"{list(shape)}."
+                    )
+            self.entries |= found
+            self._open.add(file)
+
+    def stored(self, tensor: spec.Tensor) -> list[str]:
+        """Names of all that is stored of a parameter: its data, then their scales."""
+        if self.layout == "hf":
+            return [tensor.disk, *tensor.scales()]
+        names = list(native_names(tensor))
+        if tensor.dtype != "F8_E4M3":
+            return names
+        return names + [scale for name in names for scale in native_scales(name)]
+
+    def needs(self, tensors: Sequence[spec.Tensor]) -> set[str]:
+        """The files that parameters are stored in."""
+        return {self.files[name] for tensor in tensors for name in self.stored(tensor)}
+
+    def is_here(self, tensors: Sequence[spec.Tensor]) -> bool:
+        """Whether all of these parameters can be read."""
+        return self.needs(tensors) <= self._open
+
+    def numbers(self, name: str) -> list[float]:
+        """The values of a BF16 tensor, a scale; exact."""
+        bits = self.reader.read(self.entries[name]).view(np.uint16).astype(np.uint32) << 16
+        return [float(value) for value in bits.view(np.float32)]
+
+    def weight_scales(self, tensor: spec.Tensor) -> list[float]:
+        """The scales of a parameter's data, one a stored matrix, checked.
+
+        Raises:
+            Ms4Error: a scale is zero, negative or not a number.
+        """
+        if self.layout == "hf":
+            names = [tensor.scale]
+        else:
+            names = [native_scales(name)[0] for name in native_names(tensor)]
+        scales: list[float] = []
+        for name in names:
+            for value in self.numbers(name):
+                if not (math.isfinite(value) and value > 0):
+                    raise Ms4Error(
+                        f"{self.entries[name].path}: {name}: a scale is {value}; a scale is zero, "
+                        "negative or not a number. Fetch the file again, or use another source."
+                    )
+                scales.append(value)
+        return scales
+
+    def all_scales(self, tensors: Sequence[spec.Tensor]) -> dict[str, list[float]]:
+        """Every scale of these parameters by its name on disk; exact as JSON numbers."""
+        stored = (name for tensor in tensors for name in self.stored(tensor))
+        return {name: self.numbers(name) for name in stored if _is_scale(name)}
+
+    def segments(self, tensor: spec.Tensor) -> list[Segment]:
+        """A parameter's data, in the order of the HF tensor."""
+        coded = tensor.dtype == "F8_E4M3"
+        scales = self.weight_scales(tensor) if coded else [1.0]
+        if self.layout == "hf":
+            entry, count = self.entries[tensor.disk], tensor.numel // len(scales)
+            return [
+                Segment(entry, i * count, i * count, count, scale) for i, scale in enumerate(scales)
+            ]
+        if tensor.transform == "rope_rows":
+            entry, width = self.entries[tensor.native], tensor.shape[1]
+            return [
+                Segment(entry, int(row) * width, at * width, width, 1.0)
+                for at, row in enumerate(rope_order(self.dims))
+            ]
+        entries = [self.entries[name] for name in native_names(tensor)]
+        count = math.prod(part_shape(tensor))
+        return [
+            Segment(entry, 0, i * count, count, scale)
+            for i, (entry, scale) in enumerate(zip(entries, scales, strict=True))
+        ]
+
+    def read(self, segment: Segment, start: int = 0, count: int | None = None) -> Bytes:
+        """Bytes of a segment: all, or `count` elements from element `start` of it on."""
+        item = ITEM_BYTES[segment.entry.dtype]
+        wanted = segment.count - start if count is None else count
+        return self.reader.read(segment.entry, (segment.offset + start) * item, wanted * item)
+
+
+def _same_shape(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Equal; a scale of one element may be stored as [1]."""
+    return found == wanted or (wanted == () and found == (1,))
+
+
+def _is_scale(name: str) -> bool:
+    return name.endswith(("_scale_inv", "activation_scale", ".qscale_weight", ".qscale_act"))
