@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import safe_open
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from ms4 import spec
@@ -15,8 +16,16 @@ from ms4.config import RunSection
 from ms4.errors import Ms4Error
 from ms4.manifest import read_json
 from ms4.model import attention, experts
-from ms4.progress import track
 from ms4.weights import nf4
+from ms4.weights.meter import Meter
+from ms4.weights.shards import Entry, Reader, read_header
+
+STRETCH = 1 << 22
+"""Elements that are read at once."""
+LOADERS = 4
+"""Threads that read: enough for a disk that answers several requests at a time."""
+STORED: dict[str, torch.dtype] = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}
+"""Dtype of a base's tensor, as safetensors writes it → torch's."""
 
 STORES: dict[str, type[experts.ExpertStore]] = {
     "nf4": experts.NF4Store,
@@ -80,7 +89,7 @@ def load_model(
         The model, frozen, in evaluation mode.
 
     Raises:
-        Ms4Error: a tensor is missing or left over.
+        Ms4Error: a tensor is missing, left over or of another shape, or a file is damaged.
     """
     config = Mistral3Config(**read_json(base / "config.json"))
     dims = spec.read_dimensions(base)
@@ -100,14 +109,8 @@ def load_model(
     text.set_attn_implementation(attention.IMPLEMENTATION)
     text.set_experts_implementation(experts.IMPLEMENTATION)
     text.config.use_cache = False
-    state = _read(base, _parameter_names(dims, kind), device, dtype)
-    expected = set(dict(model.named_parameters()))
-    if expected != set(state):
-        missing, extra = sorted(expected - set(state)), sorted(set(state) - expected)
-        raise Ms4Error(
-            f"{base}: {len(missing)} tensors missing ({', '.join(missing[:5])}), "
-            f"{len(extra)} unexpected ({', '.join(extra[:5])}); run `ms4 descale` again."
-        )
+    entries = _entries(base, _parameter_names(dims, kind), dict(model.named_parameters()))
+    state = _read(entries, device, dtype)
     model.load_state_dict(state, strict=False, assign=True)
     model.requires_grad_(False)
     model.to(device)  # what is left: the rotary tables
@@ -115,16 +118,68 @@ def load_model(
     return model.eval()
 
 
+def _entries(
+    base: Path, names: dict[str, str], parameters: dict[str, torch.nn.Parameter]
+) -> dict[str, Entry]:
+    """Name of each parameter → where it is stored; exactly the model's."""
+    stored = {
+        name: entry
+        for path in sorted(base.glob("*.safetensors"))
+        for name, entry in read_header(path).items()
+    }
+    expected = {name: tuple(parameters[inside].shape) for name, inside in names.items()}
+    missing, extra = (
+        sorted(expected.keys() - stored.keys()),
+        sorted(stored.keys() - expected.keys()),
+    )
+    other = [n for n in sorted(expected.keys() & stored.keys()) if stored[n].shape != expected[n]]
+    if missing or extra or other:
+        faults = {"missing": missing, "unexpected": extra, "of another shape": other}
+        told = "; ".join(f"{len(n)} {what} ({', '.join(n[:5])})" for what, n in faults.items() if n)
+        raise Ms4Error(f"{base}: not the tensors of this model: {told}. Run `ms4 descale` again.")
+    return {names[name]: entry for name, entry in stored.items()}
+
+
 def _read(
-    base: Path, names: dict[str, str], device: torch.device, dtype: torch.dtype
+    entries: dict[str, Entry], device: torch.device, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
+    """Parameters by their names in the model, filled from the pieces straight where they stay.
+
+    A tensor is made on the device first and filled a stretch at a time: there is no second copy of
+    the model, and on the CPU, where nothing changes its dtype, no copy of a stretch either.
+    """
     state: dict[str, torch.Tensor] = {}
-    for path in track(sorted(base.glob("*.safetensors")), "load the base"):
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                if name not in names:
-                    raise Ms4Error(f"{path}: {name} is no tensor of this model.")
-                tensor = file.get_tensor(name)
-                packed = ".mlp.experts." in name
-                state[names[name]] = tensor if packed else tensor.to(dtype)
+    stretches: list[tuple[Entry, torch.Tensor, int]] = []
+    for name, entry in entries.items():
+        kind = STORED[entry.dtype] if ".mlp.experts." in name else dtype
+        made = state[name] = torch.empty(entry.shape, dtype=kind, device=device)
+        stretches += [(entry, made.view(-1), at) for at in range(0, made.numel(), STRETCH)]
+    size = sum(entry.size for entry in entries.values())
+    with (
+        Reader() as reader,
+        Meter("load the base", size) as meter,
+        ThreadPoolExecutor(LOADERS) as threads,
+    ):
+        buffers: dict[int, torch.Tensor] = {}
+
+        def fill(stretch: tuple[Entry, torch.Tensor, int]) -> None:
+            entry, made, at = stretch
+            stored = STORED[entry.dtype]
+            part = made[at : at + STRETCH]
+            offset, count = at * stored.itemsize, part.numel() * stored.itemsize
+            if device.type == "cpu" and part.dtype == stored:
+                reader.read_into(entry, offset, part.view(torch.uint8).numpy())
+            else:
+                own = threading.get_ident()
+                if own not in buffers:
+                    # Pinned memory is copied to a GPU several times faster.
+                    pinned = device.type == "cuda"
+                    buffers[own] = torch.empty(STRETCH * 4, dtype=torch.uint8, pin_memory=pinned)
+                read = buffers[own][:count]
+                reader.read_into(entry, offset, read.numpy())
+                part.copy_(read.view(stored))
+            meter.add(count)
+
+        for _ in threads.map(fill, stretches):
+            pass
     return state
