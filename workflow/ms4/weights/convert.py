@@ -9,9 +9,7 @@ source gives the same bytes, whatever the number of threads and the number of ki
 from __future__ import annotations
 
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,8 +33,9 @@ from ms4.manifest import (
 )
 from ms4.weights import configs, fp8, nf4
 from ms4.weights.layouts import Segment, Source
-from ms4.weights.meter import Meter, gigabytes, say
-from ms4.weights.shards import ITEM_BYTES, Bytes, Follower, Piece, Table, writable
+from ms4.weights.meter import Meter, say
+from ms4.weights.shards import ITEM_BYTES, Bytes, Piece, Table, writable
+from ms4.weights.stream import STRETCH, Task, Work, check_room, make
 
 SOURCE = Path("weights/source.json")
 BASE = Path("weights/base")
@@ -47,13 +46,8 @@ OWN_MANIFEST = "base.json"
 """Where a base that is made outside a project has its manifest: in its own directory."""
 BESIDE = ("tekken.json", "chat_template.jinja", "SYSTEM_PROMPT.txt", "generation_config.json")
 """Files that go with the weights, if the source has them."""
-STRETCH = 1 << 24
-"""Elements of one task, at most: what a thread reads, converts and writes at a time is a part of
-it."""
-
 Storage = Literal["bf16", "nf4", "fp8"]
 STORAGES: tuple[Storage, ...] = ("bf16", "nf4", "fp8")
-Task = Callable[[], None]
 
 
 def base_tensors(tensor: spec.Tensor, to: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -111,6 +105,15 @@ def _tasks(source: Source, tensor: spec.Tensor, piece: Piece, to: str) -> Iterat
                 yield partial(convert, source, tensor, piece, segment, start, count)
 
 
+def _all_tasks(
+    job: Job, tensors: Sequence[spec.Tensor], piece: Piece
+) -> Iterator[tuple[Task, int]]:
+    for tensor in tensors:
+        tasks = list(_tasks(job.source, tensor, piece, job.to))
+        for task in tasks:
+            yield task, tensor.numel // len(tasks)
+
+
 def _codes(source: Source, segment: Segment, start: int, count: int) -> Bytes:
     codes = source.read(segment, start, count)
     if fp8.has_nan(codes):
@@ -149,11 +152,12 @@ def _to_nf4(
     )
     magnitudes = []
     for segment in segments:
+        table = nf4.pair_table(segment.scale)
         for at in range(0, segment.count, nf4.CHUNK):
             some = min(nf4.CHUNK, segment.count - at)
             made = np.empty(some // 2, np.uint8)
             codes = _codes(source, segment, at, some)
-            largest = nf4.quantize_codes(codes, segment.scale, made)
+            largest = nf4.quantize_codes(codes, table, made)
             magnitudes.append(nf4.block_magnitudes(largest, segment.scale))
             piece.write(codes_name, (segment.at + at) // 2, made)
     absmax, scale, offset = nf4.pack_absmax(torch.cat(magnitudes))
@@ -275,20 +279,8 @@ def convert(job: Job, names: Sequence[str], meter: Meter) -> None:
     """
     with writable(job.target):
         job.records.mkdir(parents=True, exist_ok=True)
-    begun: list[Piece] = []
-    follower = Follower(job.keep)
-    slots = threading.BoundedSemaphore(4 * job.threads)
-    failed: list[BaseException] = []
 
-    def ended(size: int, future: Future[None]) -> None:
-        slots.release()
-        error = future.exception() if not future.cancelled() else None
-        if error is not None:
-            failed.append(error)
-        meter.add(size)
-
-    pool = ThreadPoolExecutor(job.threads)
-    try:
+    def works() -> Iterator[Work]:
         for name in names:
             tensors = pieces(job.source.dims)[name]
             if job.record(name) is not None:
@@ -296,30 +288,9 @@ def convert(job: Job, names: Sequence[str], meter: Meter) -> None:
                 continue
             with writable(job.target):
                 (job.records / f"{name}.json").unlink(missing_ok=True)
-            piece = Piece(job.target / name, job.table(name))
-            begun.append(piece)
-            follower.add(piece)
-            for tensor in tensors:
-                tasks = list(_tasks(job.source, tensor, piece, job.to))
-                share = tensor.numel // len(tasks)
-                for task in tasks:
-                    slots.acquire()
-                    if failed:
-                        slots.release()
-                        raise failed[0]
-                    follower.check()
-                    pool.submit(task).add_done_callback(partial(ended, share))
-        pool.shutdown(wait=True)
-        if failed:
-            raise failed[0]
-        follower.close()
-    except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        follower.abandon()
-        for piece in begun:
-            piece.close()
-            piece.temporary.unlink(missing_ok=True)
-        raise
+            yield Work(job.target / name, job.table(name), partial(_all_tasks, job, tensors))
+
+    make(works(), job.threads, job.keep, meter)
 
 
 def total_elements(dims: spec.Dimensions) -> int:
@@ -411,12 +382,7 @@ def run(
     job = Job(source, target, to, threads, sha256_json([identity, to]))
     with writable(target):
         target.mkdir(parents=True, exist_ok=True)
-        needed, free = disk_needed(job), shutil.disk_usage(target).free
-    if needed > free:
-        raise Ms4Error(
-            f"{target}: the base takes {gigabytes(needed)} more and the disk has {gigabytes(free)} "
-            "free. Free some, or use another disk; what is whole is kept."
-        )
+        check_room(target, disk_needed(job), "the base")
     if to == "nf4":
         _check_blocks(source.dims)
     names = list(pieces(source.dims))
