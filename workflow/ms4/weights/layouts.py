@@ -22,7 +22,7 @@ from ms4 import spec
 from ms4.errors import Ms4Error
 from ms4.manifest import read_json
 from ms4.weights import configs
-from ms4.weights.shards import ITEM_BYTES, Bytes, Entry, Reader, read_header
+from ms4.weights.shards import ITEM_BYTES, Bytes, Entry, Reader, read_header, readable
 
 Layout = Literal["hf", "native"]
 INDEX: Mapping[Layout, str] = {
@@ -35,6 +35,11 @@ _LONE: Mapping[Layout, str] = {"hf": "model*.safetensors", "native": "consolidat
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _NAMED = 5
 """Tensors that one error names."""
+_MOST_TENSORS = 1 << 20
+"""Tensors of a checkpoint, at most: 25 times those of this model. Settings that ask for more are
+damaged, and their table would fill the memory before it could be compared."""
+_MOST_SCALE = 3.3895e38 / 448
+"""The largest number of BF16 over that of FP8: beyond, products are infinite."""
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,24 @@ def read_settings(directory: Path, layout: Layout) -> dict[str, Any]:
     if not path.is_file():  # a pipe, say, would never end
         raise Ms4Error(f"{path}: cannot be read (no such file).")
     settings = read_json(path)
-    if layout == "native":
-        return configs.from_params(settings, str(path))
-    spec.dimensions_from_config(settings, str(path))
-    return dict(settings)
+    made = configs.from_params(settings, str(path)) if layout == "native" else dict(settings)
+    _check_sizes(spec.dimensions_from_config(made, str(path)), str(path), layout)
+    return made
+
+
+def _check_sizes(dims: spec.Dimensions, where: str, layout: Layout) -> None:
+    # In the native layout three matrices of each expert, each with two scales.
+    count = 9 * dims.layers * dims.experts
+    if layout == "native" and count > _MOST_TENSORS:
+        raise Ms4Error(
+            f"{where}: {dims.layers} layers of {dims.experts} experts are {count} tensors and "
+            "more; give the settings that belong to the weights."
+        )
+    if dims.vision_head % 2:
+        raise Ms4Error(
+            f"{where}: the heads of the vision tower have {dims.vision_head} elements, which are "
+            "no pairs to rotate; give the settings that belong to the weights."
+        )
 
 
 def native_names(tensor: spec.Tensor) -> Iterator[str]:
@@ -182,6 +201,7 @@ class Source:
         self._expected = expected(self.dims, self.layout)
         self._check_names()
         self._open: set[str] = set()
+        self._stamps: dict[Path, tuple[int, int]] = {}
         self.refresh()
 
     def __enter__(self) -> Source:
@@ -204,7 +224,10 @@ class Source:
 
     def _check_names(self) -> None:
         missing = sorted(self._expected.keys() - self.files.keys())
-        extra = sorted(self.files.keys() - self._expected.keys())
+        extra = [
+            f"{name[:200]} in {self.files[name]}"
+            for name in sorted(self.files.keys() - self._expected.keys())
+        ]
         if missing or extra:
             raise Ms4Error(
                 f"{self.directory}: not the tensors of this model: "
@@ -223,6 +246,7 @@ class Source:
             path = self.directory / file
             if not path.exists():
                 continue
+            self._stamps[path] = _stamp(path)
             found = read_header(path)
             wanted = {name for name, where in self.files.items() if where == file}
             if faults := [*sorted(wanted - found.keys()), *sorted(found.keys() - wanted)]:
@@ -239,6 +263,19 @@ class Source:
                     )
             self.entries |= found
             self._open.add(file)
+
+    def check_unchanged(self) -> None:
+        """Check that the files are those whose headers were read; one that is gone by now was.
+
+        Raises:
+            Ms4Error: one was written or replaced meanwhile.
+        """
+        for path, stamp in self._stamps.items():
+            if path.exists() and _stamp(path) != stamp:
+                raise Ms4Error(
+                    f"{path}: changed while it was read; wait until nothing writes it, and run "
+                    "again."
+                )
 
     def stored(self, tensor: spec.Tensor) -> list[str]:
         """Names of all that is stored of a parameter: its data, then their scales."""
@@ -266,7 +303,7 @@ class Source:
         """The scales of a parameter's data, one a stored matrix, checked.
 
         Raises:
-            Ms4Error: a scale is zero, negative or not a number.
+            Ms4Error: a scale is zero, negative, not a number or too large.
         """
         if self.layout == "hf":
             names = [tensor.scale]
@@ -275,10 +312,11 @@ class Source:
         scales: list[float] = []
         for name in names:
             for value in self.numbers(name):
-                if not (math.isfinite(value) and value > 0):
+                if not 0 < value <= _MOST_SCALE:
                     raise Ms4Error(
                         f"{self.entries[name].path}: {name}: a scale is {value}; a scale is zero, "
-                        "negative or not a number. Fetch the file again, or use another source."
+                        "negative, not a number, or makes weights that are infinite. Fetch the file "
+                        "again, or use another source."
                     )
                 scales.append(value)
         return scales
@@ -315,6 +353,13 @@ class Source:
         item = ITEM_BYTES[segment.entry.dtype]
         wanted = segment.count - start if count is None else count
         return self.reader.read(segment.entry, (segment.offset + start) * item, wanted * item)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file does: size and time stamp."""
+    with readable(path):
+        status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _same_shape(found: tuple[int, ...], wanted: tuple[int, ...]) -> bool:

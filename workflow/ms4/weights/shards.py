@@ -17,9 +17,11 @@ import math
 import os
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,10 @@ Table = Mapping[str, tuple[str, tuple[int, ...]]]
 
 ITEM_BYTES: Mapping[str, int] = {"F8_E4M3": 1, "U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 """Dtypes that a checkpoint of this model may hold."""
-MOST_HEADER = 100_000_000
-"""Bytes of a header, at most; the format's own limit."""
+MOST_HEADER = 1 << 25
+"""Bytes of a header, at most: seven times those of this model with every expert's matrices in one
+file. The format's own limit is three times more, and would let a header that was made to do harm
+take gigabytes once it is parsed."""
 SYNC_BYTES = 1 << 28
 """Complete bytes after which a file is pushed to the disk, while it still grows."""
 _BLOCK = 1 << 22
@@ -94,6 +98,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         Ms4Error: it cannot be read, or its header cannot be true of a file of its size.
     """
     advice = "the file is damaged or cut short; fetch it again"
+    with readable(path):
+        if path.exists() and not path.is_file():  # a pipe, say, would never end
+            raise Ms4Error(f"{path}: is not a regular file; replace it by one.")
     with readable(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
@@ -103,7 +110,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             )
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(text.decode(), object_pairs_hook=partial(_each_once, path))
     except (ValueError, RecursionError) as error:
         raise Ms4Error(f"{path}: its header is not JSON; {advice}.") from error
     if not isinstance(header, dict):
@@ -121,6 +128,17 @@ def read_header(path: Path) -> dict[str, Entry]:
     if end != size:
         raise Ms4Error(f"{path}: {size - end} bytes at its end belong to no tensor; {advice}.")
     return {entry.name: entry for entry in entries}
+
+
+def _each_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of a header; a name that stands twice in it could mean two places in the file."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise Ms4Error(
+            f"{path}: {name[:200]}: is twice in the header; the file is damaged; fetch it again."
+        )
+    return table
 
 
 def _entry(path: Path, name: str, value: Any, begin: int, room: int) -> Entry:
@@ -223,6 +241,16 @@ def table_bytes(table: Table) -> int:
     )
 
 
+def sweep(directory: Path) -> None:
+    """Remove what writers that were killed left in a directory under temporary names.
+
+    Nobody may be writing there: the caller holds its lock.
+    """
+    with writable(directory):
+        for path in directory.glob(".*.tmp"):
+            path.unlink()
+
+
 class Piece:
     """A safetensors file that grows under another name, written in any order by many threads."""
 
@@ -239,7 +267,11 @@ class Piece:
         self.on_progress: Callable[[], None] = lambda: None
         with writable(self.temporary):
             self._handle = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._write(0, memoryview(head))
+        try:
+            self._write(0, memoryview(head))
+        except BaseException:
+            self.discard()
+            raise
 
     def write(self, name: str, offset: int, data: npt.NDArray[Any]) -> None:
         """Write bytes of a tensor at a byte offset within it.
@@ -251,6 +283,8 @@ class Piece:
 
     def _write(self, at: int, view: memoryview) -> None:
         begin, end = at, at + len(view)
+        if begin == end:
+            return
         with writable(self.path):
             while view:
                 count = os.pwrite(self._handle, view, at)
@@ -258,10 +292,7 @@ class Piece:
         with self._guard:
             self._done[begin] = end
             while self._complete in self._done:
-                after = self._done.pop(self._complete)
-                if after == self._complete:
-                    break
-                self._complete = after
+                self._complete = self._done.pop(self._complete)
         self.on_progress()
 
     @property
@@ -284,6 +315,12 @@ class Piece:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
+
+    def discard(self) -> None:
+        """Give up: nothing is left of it, unless the disk does not even remove."""
+        self.close()
+        with suppress(OSError):
+            self.temporary.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """Sync the whole file and give it its name."""
