@@ -314,9 +314,9 @@ class Source:
             for value in self.numbers(name):
                 if not 0 < value <= _MOST_SCALE:
                     raise Ms4Error(
-                        f"{self.entries[name].path}: {name}: a scale is {value}; a scale is zero, "
-                        "negative, not a number, or makes weights that are infinite. Fetch the file "
-                        "again, or use another source."
+                        f"{self.entries[name].path}: {name}: a scale is zero, negative, not a "
+                        f"number or too large ({value}). Fetch the file again, or use another "
+                        "source."
                     )
                 scales.append(value)
         return scales
