@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,18 +24,20 @@ from ms4.config import RunConfig
 from ms4.errors import Ms4Error
 from ms4.manifest import (
     check_files,
+    commit_file,
     file_entry,
     read_json,
     read_manifest,
     sha256_file,
     sha256_json,
+    sync_directory,
     write_json,
     write_manifest,
 )
 from ms4.weights import configs, fp8, nf4
 from ms4.weights.layouts import Segment, Source
 from ms4.weights.meter import Meter, say
-from ms4.weights.shards import ITEM_BYTES, Bytes, Piece, Table, writable
+from ms4.weights.shards import ITEM_BYTES, Bytes, Piece, Table, sweep, writable
 from ms4.weights.stream import STRETCH, Task, Work, check_room, make
 
 SOURCE = Path("weights/source.json")
@@ -226,8 +229,8 @@ class Job:
     to: Storage
     threads: int
     made_from: str
-    """Hash of the source's files and of `to`: a piece that was made from something else is made
-    anew."""
+    """Hash of the source's files and settings and of `to`: a piece that was made from something
+    else is made anew."""
 
     @property
     def records(self) -> Path:
@@ -251,9 +254,9 @@ class Job:
             entry, when = record["entry"], record["mtime_ns"]
             if record["made_from"] != self.made_from or path.stat().st_size != entry["size"]:
                 return None
-        except (Ms4Error, KeyError, TypeError):
-            return None
-        if path.stat().st_mtime_ns != when and sha256_file(path) != entry["sha256"]:
+            if path.stat().st_mtime_ns != when and sha256_file(path) != entry["sha256"]:
+                return None
+        except (Ms4Error, OSError, KeyError, TypeError):
             return None
         return dict(record)
 
@@ -314,8 +317,9 @@ def finish(
     """Write index, settings, the files beside the weights, and the manifest, which vouches for all.
 
     Raises:
-        Ms4Error: a piece is missing.
+        Ms4Error: a piece is missing, or the source was written meanwhile.
     """
+    job.source.check_unchanged()
     records = {name: job.record(name) for name in pieces(job.source.dims)}
     whole = {name: record for name, record in records.items() if record is not None}
     if missing := [name for name in records if name not in whole]:
@@ -330,7 +334,9 @@ def finish(
         write_json(job.target / "config.json", config)
         for name in BESIDE:
             if (job.source.directory / name).is_file():
-                shutil.copyfile(job.source.directory / name, job.target / name)
+                copy = job.target / f".{name}.tmp"
+                shutil.copyfile(job.source.directory / name, copy)
+                commit_file(copy, job.target / name)
         beside = [INDEX, "config.json", *(n for n in BESIDE if (job.target / n).is_file())]
         entries += [file_entry(job.target / name, job.target) for name in beside]
         scales: dict[str, list[float]] = {}
@@ -379,12 +385,20 @@ def run(
     Raises:
         Ms4Error: the source is damaged or not this model, or the disk is full.
     """
-    job = Job(source, target, to, threads, sha256_json([identity, to]))
+    job = Job(source, target, to, threads, sha256_json([identity, source.config, to]))
     with writable(target):
         target.mkdir(parents=True, exist_ok=True)
+    sweep(target)
+    sweep(job.records)
+    with writable(target):
         check_room(target, disk_needed(job), "the base")
     if to == "nf4":
         _check_blocks(source.dims)
+    with writable(manifest):
+        # Until all is whole, nothing vouches for it: pieces of two sources may stand side by side.
+        for path in (manifest, target / INDEX):
+            path.unlink(missing_ok=True)
+            sync_directory(path.parent)
     names = list(pieces(source.dims))
     with Meter("descale", total_elements(source.dims)) as meter:
         convert(job, names, meter)
@@ -452,14 +466,14 @@ def descale_directory(directory: Path, target: Path, to: Storage, softmax_scale:
         used = sorted(set(source.files.values()))
         if missing := [name for name in used if not (directory / name).exists()]:
             raise Ms4Error(f"{directory}: lacks {', '.join(missing)}, which the index names.")
-        if target.resolve() == directory.resolve():
-            raise Ms4Error(f"{target}: is the source itself; give another directory.")
-        with writable(target):
-            target.mkdir(parents=True, exist_ok=True)
+        _check_target(target, directory)
         # Whole files are hashed when they are fetched; here size and time stamp have to do.
         stats = {name: (directory / name).stat() for name in used}
         identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]
-        with lock.hold("descale", target / lock.LOCKS):
+        with ExitStack() as stack:
+            with writable(target):
+                target.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock.hold("descale", target / lock.LOCKS))
             run(
                 source,
                 target,
@@ -470,3 +484,13 @@ def descale_directory(directory: Path, target: Path, to: Storage, softmax_scale:
                 manifest=target / OWN_MANIFEST,
                 config_hash=sha256_json([to, softmax_scale]),
             )
+
+
+def _check_target(target: Path, source: Path) -> None:
+    inside = target.resolve().is_relative_to(source.resolve())
+    ours = (target / RECORDS).exists() or (target / OWN_MANIFEST).exists()
+    # What stands there may be somebody's model, whose index and settings would be written over.
+    foreign = not ours and (any(target.glob("*.safetensors")) or (target / "config.json").exists())
+    if inside or foreign:
+        fault = "is the source, or inside it" if inside else "holds a model that is no base of ours"
+        raise Ms4Error(f"{target}: {fault}; give another directory.")

@@ -60,6 +60,12 @@ def make(works: Iterable[Work], threads: int, finished: Finished, meter: Meter) 
             failed.append(error)
         meter.add(size)
 
+    def check() -> None:
+        # The follower's fault first: it closes the file, and then its writers fail too.
+        follower.check()
+        if failed:
+            raise failed[0]
+
     pool = ThreadPoolExecutor(threads)
     try:
         for work in works:
@@ -68,14 +74,10 @@ def make(works: Iterable[Work], threads: int, finished: Finished, meter: Meter) 
             follower.add(piece)
             for task, size in work.tasks(piece):
                 slots.acquire()
-                if failed:
-                    slots.release()
-                    raise failed[0]
-                follower.check()
+                check()
                 pool.submit(task).add_done_callback(partial(ended, size))
         pool.shutdown(wait=True)
-        if failed:
-            raise failed[0]
+        check()
         follower.close()
     except BaseException:
         pool.shutdown(wait=True, cancel_futures=True)
