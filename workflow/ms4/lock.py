@@ -120,7 +120,7 @@ def hold(stage: str, directory: Path = LOCKS) -> Iterator[None]:
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _held(read_owner(owner_path), stage) from None
+            raise _held(read_owner(owner_path), stage, directory) from None
         _claim(owner_path, stage)
         stop = threading.Event()
         heartbeat = threading.Thread(target=_beat, args=(owner_path, stop), daemon=True)
@@ -145,9 +145,9 @@ def _claim(path: Path, stage: str) -> None:
             except FileExistsError:
                 other = read_owner(path)
                 if other is not None and is_alive(path, other):
-                    raise _held(other, stage) from None
+                    raise _held(other, stage, path.parent) from None
                 _take_away(path, other, stage)
-        raise _held(read_owner(path), stage)
+        raise _held(read_owner(path), stage, path.parent)
     finally:
         mine.unlink(missing_ok=True)
 
@@ -164,16 +164,21 @@ def _take_away(path: Path, dead: Owner | None, stage: str) -> None:
         if owner != dead:
             with suppress(FileExistsError):
                 os.link(aside, path)
-            raise _held(owner, stage)
+            raise _held(owner, stage, path.parent)
     finally:
         aside.unlink()
 
 
-def _held(owner: Owner | None, stage: str) -> Ms4Error:
-    here = Path.cwd()
+def _held(owner: Owner | None, stage: str, directory: Path) -> Ms4Error:
+    here = directory.absolute().parent
+    advice = (
+        f"Run `ms4 resume {here}`, which waits for it and goes on."
+        if directory == LOCKS  # of a project; what is locked elsewhere is no work of Snakemake's
+        else "Run the same command again when that has ended."
+    )
     return Ms4Error(
         f"{owner or f'another `ms4 {stage}`'} is at work in {here}; two writers would destroy each "
-        f"other's files. Run `ms4 resume {here}`, which waits for it and goes on."
+        f"other's files. {advice}"
     )
 
 
