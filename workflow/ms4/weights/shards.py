@@ -190,6 +190,13 @@ class Reader:
                     self._handles[path] = os.open(path, os.O_RDONLY)
             return self._handles[path]
 
+    def close(self, path: Path) -> None:
+        """Close one file, which nobody may be reading."""
+        with self._guard:
+            handle = self._handles.pop(path, None)
+        if handle is not None:
+            os.close(handle)
+
     def read_into(self, entry: Entry, offset: int, buffer: Bytes) -> None:
         """Fill `buffer` with the bytes of a tensor from `offset` on.
 
@@ -407,9 +414,10 @@ class Follower:
                     self._news.wait()
             if self._abandoned:
                 return
-            while hashed < piece.complete:
-                count = piece.read_back(hashed, buffer)
-                count = min(count, piece.complete - hashed)
+            # Taken before the bytes are read: what is completed meanwhile was read too early.
+            complete = piece.complete
+            while hashed < complete:
+                count = min(piece.read_back(hashed, buffer), complete - hashed)
                 digest.update(memoryview(buffer)[:count])
                 hashed += count
         piece.finish()
