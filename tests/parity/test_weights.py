@@ -16,6 +16,7 @@ from ms4 import spec, tiny
 from ms4.cli import run_stage
 from ms4.errors import Ms4Error
 from ms4.weights import fp8, nf4
+from ms4.weights.tables import packed_shapes
 from ms4.weights.verify import decode_e4m3
 
 from .conftest import relative, settings
@@ -64,7 +65,7 @@ def test_nf4_kernel_plain_and_bitsandbytes_agree(shape):
     torch.manual_seed(0)
     weight = (torch.randn(shape) / 10).bfloat16()
     packed = nf4.quantize(weight)
-    sizes = nf4.packed_shapes(shape[0], shape[1] * shape[2])
+    sizes = packed_shapes(shape[0], shape[1] * shape[2])
     assert {k: tuple(v.shape) for k, v in packed.by_suffix().items()} == {
         k: size for k, (_, size) in sizes.items()
     }

@@ -21,6 +21,7 @@ from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ms4.weights import nf4
+from ms4.weights.tables import packed_shapes
 
 IMPLEMENTATION = "ms4"
 """The name under which transformers' configuration asks for these experts."""
@@ -62,7 +63,7 @@ class NF4Store(ExpertStore):
 
     def __init__(self, shape: tuple[int, int, int], device: torch.device | str = "meta") -> None:
         super().__init__(shape)
-        sizes = nf4.packed_shapes(shape[0], shape[1] * shape[2])
+        sizes = packed_shapes(shape[0], shape[1] * shape[2])
         for suffix, (dtype, size) in sizes.items():
             kind = torch.uint8 if dtype == "U8" else torch.float32
             setattr(self, suffix[1:], _frozen(torch.empty(size, dtype=kind, device=device)))

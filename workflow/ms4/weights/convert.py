@@ -9,12 +9,12 @@ source gives the same bytes, whatever the number of threads and the number of ki
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +35,11 @@ from ms4.manifest import (
     write_manifest,
 )
 from ms4.weights import configs, fp8, nf4
-from ms4.weights.layouts import Segment, Source
+from ms4.weights.layouts import Segment, Source, native_names, native_scales
 from ms4.weights.meter import Meter, say
-from ms4.weights.shards import ITEM_BYTES, Bytes, Piece, Table, sweep, writable
+from ms4.weights.shards import Bytes, Piece, Table, sweep, table_bytes, writable
 from ms4.weights.stream import STRETCH, Task, Work, check_room, make
+from ms4.weights.tables import Storage, piece_table, pieces
 
 SOURCE = Path("weights/source.json")
 BASE = Path("weights/base")
@@ -49,43 +50,6 @@ OWN_MANIFEST = "base.json"
 """Where a base that is made outside a project has its manifest: in its own directory."""
 BESIDE = ("tekken.json", "chat_template.jinja", "SYSTEM_PROMPT.txt", "generation_config.json")
 """Files that go with the weights, if the source has them."""
-Storage = Literal["bf16", "nf4", "fp8"]
-STORAGES: tuple[Storage, ...] = ("bf16", "nf4", "fp8")
-
-
-def base_tensors(tensor: spec.Tensor, to: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What a parameter becomes in a base: name → (dtype, shape)."""
-    if to == "fp8" and tensor.dtype == "F8_E4M3":
-        shape = next(iter(tensor.scales().values()))
-        return {tensor.disk: ("F8_E4M3", tensor.shape), tensor.scale: ("BF16", shape)}
-    if to == "nf4" and tensor.role == "experts":
-        count, out, inner = tensor.shape
-        shapes = nf4.packed_shapes(count, out * inner)
-        return {tensor.disk + suffix: value for suffix, value in shapes.items()}
-    return {tensor.disk: ("BF16", tensor.shape)}
-
-
-def base_table(dims: spec.Dimensions, to: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes and shapes of all of a base's tensors."""
-    table: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for tensor in spec.tensors(dims):
-        table |= base_tensors(tensor, to)
-    return table
-
-
-def pieces(dims: spec.Dimensions) -> dict[str, list[spec.Tensor]]:
-    """The base's files and the parameters in each, in the order in which they are made."""
-    table = spec.tensors(dims)
-    seen = [t for t in table if t.role in ("vision", "projector")]
-    text = [t for t in table if t not in seen]
-    layers = {
-        f"layer-{n:02d}.safetensors": [t for t in text if t.layer == n] for n in range(dims.layers)
-    }
-    return {
-        "text.safetensors": [t for t in text if t.layer is None],
-        **layers,
-        "vision.safetensors": seen,
-    }
 
 
 # How one parameter is converted, in tasks that any thread may take.
@@ -205,16 +169,8 @@ def _to_fp8(
         some = min(fp8.CHUNK, start + count - at)
         codes = _codes(source, segment, at, some)
         if segment.scale != scale:
-            codes = np.take(_rescaling(segment.scale, scale), codes)
+            codes = fp8.rescale(codes, segment.scale, scale)
         piece.write(tensor.disk, segment.at + at, codes)
-
-
-@lru_cache(maxsize=256)
-def _rescaling(before: float, after: float) -> Bytes:
-    """The code under the scale `after` that is nearest to each code under the scale `before`."""
-    values = torch.arange(256, dtype=torch.uint8).view(fp8.FP8).float() * before / after
-    codes: Bytes = values.clamp(-fp8.FP8_MAX, fp8.FP8_MAX).to(fp8.FP8).view(torch.uint8).numpy()
-    return codes
 
 
 # Pieces and their records.
@@ -239,10 +195,7 @@ class Job:
 
     def table(self, name: str) -> Table:
         """The tensors of a piece."""
-        table: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for tensor in pieces(self.source.dims)[name]:
-            table |= base_tensors(tensor, self.to)
-        return table
+        return piece_table(self.source.dims, name, self.to)
 
     def record(self, name: str) -> dict[str, Any] | None:
         """A piece's record, if it holds for what is here: by time stamp, else by hash."""
@@ -301,14 +254,14 @@ def total_elements(dims: spec.Dimensions) -> int:
     return sum(tensor.numel for tensor in spec.tensors(dims))
 
 
+def unmade(job: Job) -> list[str]:
+    """The pieces that are not here whole."""
+    return [name for name in pieces(job.source.dims) if job.record(name) is None]
+
+
 def disk_needed(job: Job) -> int:
     """Bytes that the pieces that are not here yet will take."""
-    return sum(
-        ITEM_BYTES[dtype] * int(np.prod(shape, dtype=np.int64))
-        for name in pieces(job.source.dims)
-        if job.record(name) is None
-        for dtype, shape in job.table(name).values()
-    )
+    return sum(table_bytes(job.table(name)) for name in unmade(job))
 
 
 def finish(
@@ -357,6 +310,48 @@ def finish(
         )
 
 
+def begin(source: Source, target: Path, to: Storage, threads: int, identity: Any) -> Job:
+    """Take up a conversion where it was left; what a kill left half-written is removed.
+
+    Args:
+        source: whose settings are here; its weights may still be on their way.
+        target: directory of the base.
+        to: how FP8 tensors are stored in it.
+        threads: that convert.
+        identity: of the source's weights: a JSON value that changes when they do.
+
+    Raises:
+        Ms4Error: the model cannot be stored so, or the target cannot be written.
+    """
+    if to == "nf4":
+        _check_blocks(source.dims)
+    job = Job(source, target, to, threads, sha256_json([identity, source.config, to]))
+    with writable(target):
+        target.mkdir(parents=True, exist_ok=True)
+    sweep(target)
+    sweep(job.records)
+    return job
+
+
+def retract(manifest: Path, target: Path) -> None:
+    """Until all is whole, nothing vouches for a base: pieces of two sources may stand side by side.
+
+    Raises:
+        Ms4Error: they cannot be removed.
+    """
+    with writable(manifest):
+        for path in (manifest, target / INDEX):
+            path.unlink(missing_ok=True)
+            sync_directory(path.parent)
+
+
+def weights_of(manifest: Mapping[str, Any]) -> list[list[Any]]:
+    """Name, size and hash of each shard of a source, by its manifest; those that were freed too."""
+    files = [*manifest["files"], *manifest.get("freed", [])]
+    entries = sorted([entry["path"], entry["size"], entry["sha256"]] for entry in files)
+    return [entry for entry in entries if entry[0].endswith(".safetensors")]
+
+
 def run(
     source: Source,
     target: Path,
@@ -372,12 +367,9 @@ def run(
     """Convert a whole checkpoint; returns the manifest.
 
     Args:
-        source: where all files are.
-        target: directory of the base.
-        to: how FP8 tensors are stored in it.
+        source: where all files are that pieces still have to be made of.
+        target, to, threads, identity: as of `begin`.
         softmax_scale: the configuration's name for it.
-        threads: that convert.
-        identity: of the source's content: a JSON value that changes when the content does.
         manifest: where the manifest goes.
         config_hash: of the stage's part of the configuration.
         inputs: manifests that the stage read.
@@ -385,34 +377,20 @@ def run(
     Raises:
         Ms4Error: the source is damaged or not this model, or the disk is full.
     """
-    job = Job(source, target, to, threads, sha256_json([identity, source.config, to]))
-    with writable(target):
-        target.mkdir(parents=True, exist_ok=True)
-    sweep(target)
-    sweep(job.records)
+    job = begin(source, target, to, threads, identity)
+    _check_sources(job)
     with writable(target):
         check_room(target, disk_needed(job), "the base")
-    if to == "nf4":
-        _check_blocks(source.dims)
-    with writable(manifest):
-        # Until all is whole, nothing vouches for it: pieces of two sources may stand side by side.
-        for path in (manifest, target / INDEX):
-            path.unlink(missing_ok=True)
-            sync_directory(path.parent)
+    retract(manifest, target)
     names = list(pieces(source.dims))
     with Meter("descale", total_elements(source.dims)) as meter:
         convert(job, names, meter)
-    lossy = (
-        sum(_rounded_again(source, tensor) for tensor in spec.tensors(source.dims))
-        if (to == "fp8" and source.layout == "native")
-        else 0
-    )
-    if lossy:
+    made = finish(job, manifest, softmax_scale, config_hash, inputs)
+    if to == "fp8" and source.layout == "native" and (lossy := _rounded_again(job, made)):
         say(
             f"{lossy} expert matrices share a scale with their gate or up matrix in the HF layout "
             "and were rounded to FP8 again: that is lossy. bf16 and nf4 are made without."
         )
-    made = finish(job, manifest, softmax_scale, config_hash, inputs)
     size = sum(entry["size"] for entry in made["files"])
     print(f"base: {len(names)} pieces, {size / 1e9:.2f} GB, experts in {to}")
     return made
@@ -428,11 +406,28 @@ def _check_blocks(dims: spec.Dimensions) -> None:
             )
 
 
-def _rounded_again(source: Source, tensor: spec.Tensor) -> int:
-    if tensor.transform != "stack_gate_up":
-        return 0
-    scales = source.weight_scales(tensor)
-    return sum(gate != up for gate, up in zip(scales[::2], scales[1::2], strict=True))
+def _check_sources(job: Job) -> None:
+    """Whether the shards of all pieces that are to be made are here: they may have been freed."""
+    for name in unmade(job):
+        tensors = pieces(job.source.dims)[name]
+        if not job.source.is_here(tensors):
+            shards = ", ".join(sorted(job.source.needs(tensors)))
+            raise Ms4Error(
+                f"{job.target / name}: is not whole, and of {shards} in {job.source.directory}, "
+                f"which it is made of, not all is here. Remove {SOURCE} and run again: what was "
+                "freed is fetched again."
+            )
+
+
+def _rounded_again(job: Job, made: Mapping[str, Any]) -> int:
+    """Gate and up matrices of a native source whose scales differ."""
+    scales, count = made["source_scales"], 0
+    for tensor in spec.tensors(job.source.dims):
+        if tensor.transform == "stack_gate_up":
+            names = [native_scales(name)[0] for name in native_names(tensor)]
+            pairs = zip(names[::2], names[1::2], strict=True)
+            count += sum(scales[gate] != scales[up] for gate, up in pairs)
+    return count
 
 
 def run_stage(config: RunConfig) -> None:
@@ -442,14 +437,14 @@ def run_stage(config: RunConfig) -> None:
     check_files(manifest, directory)
     threads = config.run.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    with Source(directory) as source:
+    with Source(directory, manifest.get("layout")) as source:
         run(
             source,
             BASE,
             config.model.experts,
             softmax_scale=config.model.softmax_scale,
             threads=threads,
-            identity=manifest["files"],
+            identity=weights_of(manifest),
             manifest=MANIFEST,
             config_hash=config.part_hash("descale"),
             inputs=[SOURCE],
@@ -464,8 +459,7 @@ def descale_directory(directory: Path, target: Path, to: Storage, softmax_scale:
     """
     with Source(directory) as source:
         used = sorted(set(source.files.values()))
-        if missing := [name for name in used if not (directory / name).exists()]:
-            raise Ms4Error(f"{directory}: lacks {', '.join(missing)}, which the index names.")
+        source.check_here()
         _check_target(target, directory)
         # Whole files are hashed when they are fetched; here size and time stamp have to do.
         stats = {name: (directory / name).stat() for name in used}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -83,8 +83,10 @@ def _plain(name: Any) -> bool:
     return isinstance(name, str) and _SHARD.fullmatch(name) is not None
 
 
-def find_layout(directory: Path) -> Layout:
-    """Which layout a directory holds; the HF layout if it holds both.
+def find_layout(directory: Path, preferred: Layout = "hf") -> Layout:
+    """Which layout a directory holds; the preferred one if it holds both.
+
+    An index is enough: the weights may be on their way, or freed.
 
     Raises:
         Ms4Error: neither.
@@ -92,8 +94,9 @@ def find_layout(directory: Path) -> Layout:
     if not directory.is_dir():
         fault = "is not a directory" if directory.exists() else "no such directory"
         raise Ms4Error(f"{directory}: {fault}; give one that holds the weights.")
-    for layout in INDEX:
-        if (directory / SETTINGS[layout]).is_file() and any(directory.glob(_LONE[layout])):
+    for layout in sorted(INDEX, key=lambda layout: layout != preferred):
+        here = (directory / INDEX[layout]).is_file() or any(directory.glob(_LONE[layout]))
+        if here and (directory / SETTINGS[layout]).is_file():
             return layout
     raise Ms4Error(
         f"{directory}: holds no weights of this model: neither {SETTINGS['hf']} with "
@@ -151,6 +154,26 @@ def native_scales(name: str) -> tuple[str, str]:
     return f"{stem}.qscale_weight", f"{stem}.qscale_act"
 
 
+def matrix_scales(
+    tensor: spec.Tensor, layout: Layout, numbers: Callable[[str], list[float]]
+) -> tuple[list[float], list[float]]:
+    """Scales of an FP8 parameter's weights and of its activations, one each a native matrix: gate
+    and up of an expert have the same in the HF layout.
+
+    Args:
+        tensor: the parameter.
+        layout: whose names `numbers` knows.
+        numbers: gives the values of a scale by its name.
+    """
+    matrices = list(native_names(tensor))
+    if layout == "native":
+        pairs = [native_scales(name) for name in matrices]
+        return [numbers(weight)[0] for weight, _ in pairs], [numbers(act)[0] for _, act in pairs]
+    weights, acts = (numbers(name) for name in tensor.scales())
+    each = len(matrices) // len(weights)
+    return [w for w in weights for _ in range(each)], [a for a in acts for _ in range(each)]
+
+
 def part_shape(tensor: spec.Tensor) -> tuple[int, ...]:
     """Shape of each of a parameter's native tensors."""
     if tensor.transform == "stack_gate_up":
@@ -185,14 +208,14 @@ class Source:
     be asked for.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Open the checkpoint in `directory`.
+    def __init__(self, directory: Path, layout: Layout | None = None) -> None:
+        """Open the checkpoint in `directory`, in the layout that it holds, or in this one.
 
         Raises:
             Ms4Error: it is not exactly this model in FP8 with its scales; says what differs.
         """
         self.directory = directory
-        self.layout = find_layout(directory)
+        self.layout = layout or find_layout(directory)
         self.config = read_settings(directory, self.layout)
         self.dims = spec.dimensions_from_config(self.config, str(directory / SETTINGS[self.layout]))
         self.reader = Reader()
@@ -264,6 +287,14 @@ class Source:
             self.entries |= found
             self._open.add(file)
 
+    def forget(self, file: str) -> None:
+        """Let go of a file that is about to be removed: its space is free once nobody reads it."""
+        path = self.directory / file
+        self.entries = {n: entry for n, entry in self.entries.items() if entry.path != path}
+        self._open.discard(file)
+        self._stamps.pop(path, None)
+        self.reader.close(path)
+
     def check_unchanged(self) -> None:
         """Check that the files are those whose headers were read; one that is gone by now was.
 
@@ -294,6 +325,15 @@ class Source:
         """Whether all of these parameters can be read."""
         return self.needs(tensors) <= self._open
 
+    def check_here(self) -> None:
+        """Check that no file is absent.
+
+        Raises:
+            Ms4Error: some are; names them.
+        """
+        if missing := sorted(set(self.files.values()) - self._open):
+            raise Ms4Error(f"{self.directory}: lacks {', '.join(missing)}, which the index names.")
+
     def numbers(self, name: str) -> list[float]:
         """The values of a BF16 tensor, a scale; exact."""
         bits = self.reader.read(self.entries[name]).view(np.uint16).astype(np.uint32) << 16
@@ -320,6 +360,15 @@ class Source:
                     )
                 scales.append(value)
         return scales
+
+    def source_scales(self, tensor: spec.Tensor) -> tuple[list[float], list[float]]:
+        """Scales of an FP8 parameter's weights and activations, one each a native matrix.
+
+        Raises:
+            Ms4Error: a scale of the weights is zero, negative or not a number.
+        """
+        self.weight_scales(tensor)
+        return matrix_scales(tensor, self.layout, self.numbers)
 
     def all_scales(self, tensors: Sequence[spec.Tensor]) -> dict[str, list[float]]:
         """Every scale of these parameters by its name on disk; exact as JSON numbers."""
@@ -353,6 +402,22 @@ class Source:
         item = ITEM_BYTES[segment.entry.dtype]
         wanted = segment.count - start if count is None else count
         return self.reader.read(segment.entry, (segment.offset + start) * item, wanted * item)
+
+    def read_across(self, segments: Sequence[Segment], start: int, count: int) -> Bytes:
+        """Bytes of `count` elements of a parameter from element `start` of its HF tensor on.
+
+        Args:
+            segments: all of the parameter.
+            start: first element.
+            count: elements.
+        """
+        parts: list[Bytes] = []
+        while count:
+            number, at = divmod(start, segments[0].count)
+            some = min(count, segments[number].count - at)
+            parts.append(self.read(segments[number], at, some))
+            start, count = start + some, count - some
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

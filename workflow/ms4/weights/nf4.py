@@ -18,17 +18,14 @@ import numpy as np
 import torch
 
 from ms4.weights import fp8
+from ms4.weights.tables import NF4_BLOCK, NF4_GROUP, NF4_SUFFIXES
 
-BLOCK = 64
-"""Elements that share one absmax."""
-GROUP = 256
-"""Blocks whose absmax codes share one scale."""
+BLOCK, GROUP, SUFFIXES = NF4_BLOCK, NF4_GROUP, NF4_SUFFIXES
 MAX_EXPERTS = 64
 """Experts in one call: bitsandbytes counts elements in int32, and 64 experts of the published model
 hold 2**30 elements of gate_up_proj."""
 CHUNK = 1 << 20
 """Weights that are looked up at once: what comes and goes stays in the cache."""
-SUFFIXES = (".nf4", ".absmax", ".absmax_scale", ".absmax_offset")
 
 
 @dataclass(frozen=True)
@@ -47,17 +44,6 @@ class Packed:
     def by_suffix(self) -> dict[str, torch.Tensor]:
         """The tensors by the suffixes of their names on disk."""
         return dict(zip(SUFFIXES, (self.codes, self.absmax, self.scale, self.offset), strict=True))
-
-
-def packed_shapes(experts: int, elements: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Suffix → (safetensors dtype, shape) for `elements` weights an expert."""
-    blocks = -(-elements // BLOCK)
-    return {
-        ".nf4": ("U8", (experts, -(-elements // 2))),
-        ".absmax": ("U8", (experts, blocks)),
-        ".absmax_scale": ("F32", (experts, -(-blocks // GROUP))),
-        ".absmax_offset": ("F32", (experts,)),
-    }
 
 
 def quantize(weight_EOI: torch.Tensor) -> Packed:

@@ -17,9 +17,9 @@ import numpy.typing as npt
 
 from ms4 import spec
 from ms4.errors import Ms4Error
-from ms4.weights.convert import base_tensors, pieces
 from ms4.weights.layouts import Segment, Source
 from ms4.weights.shards import Bytes, Entry, Reader, read_header
+from ms4.weights.tables import base_tensors, pieces
 
 Floats = npt.NDArray[np.float32]
 
@@ -130,7 +130,9 @@ def sampled_experts(experts: int) -> list[int]:
     return sorted({0, experts // 2, experts - 1})
 
 
-def recompute(source: Source, target: Path, tensor: spec.Tensor, to: str) -> float:
+def recompute(
+    source: Source, target: Path, tensor: spec.Tensor, to: str, *, every_expert: bool = False
+) -> float:
     """Norm-wise error of a parameter of the base in `target`; of a few experts where it has some.
 
     Args:
@@ -138,6 +140,7 @@ def recompute(source: Source, target: Path, tensor: spec.Tensor, to: str) -> flo
         target: directory of the base.
         tensor: the parameter.
         to: how the base stores FP8 tensors: `bf16`, `nf4` or `fp8`.
+        every_expert: look at all of them.
 
     Returns:
         0 where the storage is exact; of NF4, the error against the exact BF16 weights.
@@ -150,9 +153,10 @@ def recompute(source: Source, target: Path, tensor: spec.Tensor, to: str) -> flo
     piece = next(name for name, held in pieces(source.dims).items() if tensor in held)
     if tensor.role == "experts":
         each = len(segments) // tensor.shape[0]
+        count = tensor.shape[0]
         groups = [
             (expert, segments[expert * each : (expert + 1) * each])
-            for expert in sampled_experts(tensor.shape[0])
+            for expert in (range(count) if every_expert else sampled_experts(count))
         ]
     else:
         groups = [(0, segments)]

@@ -12,11 +12,12 @@ from ms4 import spec
 from ms4.config import RunConfig
 from ms4.errors import Ms4Error
 from ms4.manifest import check_files, read_manifest, write_manifest
-from ms4.weights.convert import BASE, MANIFEST, SOURCE, base_table
+from ms4.weights.convert import BASE, MANIFEST, SOURCE
 from ms4.weights.layouts import Source
 from ms4.weights.recompute import decode_e4m3 as decode_e4m3
 from ms4.weights.recompute import recompute as recompute
 from ms4.weights.shards import read_header
+from ms4.weights.tables import base_table
 
 OUTPUT = Path("results/verify.json")
 
