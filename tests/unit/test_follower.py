@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import threading
 from pathlib import Path
@@ -50,7 +51,7 @@ def write(piece: Piece, name: str, data: np.ndarray, seed: int) -> None:
     """Write a tensor in stretches, some of them before their predecessors."""
     dice = random.Random(seed)
     cuts = sorted({0, len(data), *(dice.randrange(len(data)) for _ in range(len(data) // 400))})
-    stretches = list(zip(cuts, cuts[1:], strict=False))
+    stretches = list(itertools.pairwise(cuts))
     for at in range(0, len(stretches), 3):
         some = stretches[at : at + 3]
         dice.shuffle(some)
