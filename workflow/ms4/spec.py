@@ -380,10 +380,11 @@ def disk_tensors(dims: Dimensions) -> dict[str, tuple[str, tuple[int, ...]]]:
     for tensor in tensors(dims):
         table[tensor.disk] = (tensor.dtype, tensor.shape)
         table.update({name: ("BF16", shape) for name, shape in tensor.scales().items()})
-    return dict(sorted(table.items(), key=lambda item: _natural(item[0])))
+    return dict(sorted(table.items(), key=lambda item: natural(item[0])))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
+    """Key of the natural sort order of names: `layers.2` before `layers.10`."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 

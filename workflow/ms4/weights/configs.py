@@ -74,16 +74,21 @@ def hf_config(dims: spec.Dimensions) -> dict[str, Any]:
             "hidden_act": "silu",
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
-        "quantization_config": {
-            "quant_method": "fp8",
-            "activation_scheme": "static",
-            "weight_block_size": None,
-            "modules_to_not_convert": [
-                "model.vision_tower",
-                "model.multi_modal_projector",
-                "lm_head",
-            ],
-        },
+        "quantization_config": fp8_quantization(),
+    }
+
+
+def fp8_quantization() -> dict[str, Any]:
+    """The block of `config.json` that says how the published checkpoint is in FP8."""
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "static",
+        "weight_block_size": None,
+        "modules_to_not_convert": [
+            "model.vision_tower",
+            "model.multi_modal_projector",
+            "lm_head",
+        ],
     }
 
 

@@ -83,6 +83,39 @@ def _pair_table(scale: float) -> npt.NDArray[np.uint32]:
     return table.reshape(-1)
 
 
+def encode(values: npt.NDArray[np.uint16], scale: float) -> Codes:
+    """The FP8 codes that are nearest to BF16 numbers under a scale; beyond the largest: that one.
+
+    What `quantize` does once it has its scale, looked up for all BF16 numbers there are.
+
+    Args:
+        values: their bits.
+        scale: a positive BF16 number.
+    """
+    return np.take(_code_table(scale), values)
+
+
+@lru_cache(maxsize=256)
+def _code_table(scale: float) -> Codes:
+    values = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16).view(np.int16))
+    shares = values.view(torch.bfloat16).float() / scale
+    codes: Codes = shares.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8).numpy()
+    return codes
+
+
+def rescale(codes: Codes, before: float, after: float) -> Codes:
+    """The codes under the scale `after` that are nearest to codes under the scale `before`: lossy,
+    unless the scales differ by a power of two; beyond the largest: that one."""
+    return np.take(_rescaling(before, after), codes)
+
+
+@lru_cache(maxsize=256)
+def _rescaling(before: float, after: float) -> Codes:
+    values = torch.arange(256, dtype=torch.uint8).view(FP8).float() * before / after
+    codes: Codes = values.clamp(-FP8_MAX, FP8_MAX).to(FP8).view(torch.uint8).numpy()
+    return codes
+
+
 def has_nan(codes: Codes) -> bool:
     """Whether any code is NaN (seven ones after the sign)."""
     if len(codes) % 8:
