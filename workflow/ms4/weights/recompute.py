@@ -29,9 +29,9 @@ BLOCK, GROUP = 64, 256
 """Weights that share one absmax, and absmax codes that share one scale."""
 NF4_MAX_ERROR = 0.12
 """Norm-wise error of NF4 that is still quantization and not a fault: 0.0924 for normal weights."""
-TIE = 4e-6
-"""Distance of a weight from the middle of two NF4 values, relative to the block's largest, within
-which either is right: the quotient is rounded differently on different machines."""
+TIE = 1e-6
+"""Distance of a number in ±1 from the middle of two values of a code within which either is right:
+the quotient is rounded differently on different machines."""
 
 
 def decode_e4m3(codes: npt.NDArray[np.uint8]) -> Floats:
@@ -215,7 +215,7 @@ def _check_fp8(
             codes = source.read(segment, start, count)
             found = base.read(tensor.disk, segment.at + start, count)
             wanted = _values(source, segment, start, count)
-            error.add(decoded[found] * np.float32(scale), wanted)
+            error.add(round_to_bf16(decoded[found] * np.float32(scale)), wanted)
             if wrong := int((~allowed[codes, found]).sum()):
                 at = segment.at + start
                 raise base.fault(
@@ -261,7 +261,7 @@ def _check_nf4(
                     "on are not the nearest",
                 )
             error.add((found * absmax[span, None]).reshape(-1), wanted)
-    _check_absmax(base, tensor, expert, largest, absmax, scales, float(offset[0]), dynamic)
+    _check_absmax(base, tensor, expert, largest, absmax_codes, scales, offset[0], dynamic)
 
 
 def _nearest(values: Floats, share: Floats) -> Floats:
@@ -276,9 +276,9 @@ def _check_absmax(
     tensor: spec.Tensor,
     expert: int,
     largest: Floats,
-    absmax: Floats,
+    codes: Bytes,
     scales: Floats,
-    offset: float,
+    offset: np.float32,
     dynamic: Floats,
 ) -> None:
     mean = float(largest.mean(dtype=np.float64))
@@ -287,7 +287,10 @@ def _check_absmax(
     groups = [np.abs(largest[i : i + GROUP] - offset).max() for i in range(0, len(largest), GROUP)]
     if not np.allclose(scales[::GROUP], groups, rtol=1e-4, atol=1e-6 * mean):
         raise base.fault(tensor, f"expert {expert}: the scales of its absmax are not the largest")
-    # Half of the widest gap between two values of the dynamic map, and a little for rounding.
-    room = np.diff(np.sort(dynamic)).max() / 2 * scales + 1e-5 * mean
-    if wrong := int((np.abs(absmax - largest) > room).sum()):
-        raise base.fault(tensor, f"expert {expert}: {wrong} of its absmax are not its blocks'")
+    # The 8-bit codes of what is left, of its group's largest.
+    share = (largest - offset) / np.where(scales > 0, scales, 1)
+    distance = np.abs(dynamic[codes] - share)
+    if wrong := int((distance > _nearest(np.sort(dynamic), share) + TIE).sum()):
+        raise base.fault(
+            tensor, f"expert {expert}: {wrong} of the codes of its absmax are not the nearest"
+        )

@@ -1,86 +1,445 @@
-"""Stage verify: is the base what the model's table says, and is it the source times its scales?
+"""Stage verify: is the base what the model's table says, what the source says, and a good model?
 
-Keys, dtypes and shapes are compared exactly, for every tensor. A sample of the tensors, some of
-each role, is recomputed from the source (`recompute`).
+Keys, dtypes, shapes and hashes are compared exactly, for every tensor. A sample of the tensors is
+recomputed from the source by another path than the converter's, and the source is scanned for codes
+and scales that are no numbers. Then the loss of a text is taken under both candidates for the
+softmax scale: which one a checkpoint was trained with cannot be seen from its weights, and training
+on the wrong one gives a model that is a little worse everywhere. Nothing is ever changed here.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text as Line
 
 from ms4 import spec
 from ms4.config import RunConfig
 from ms4.errors import Ms4Error
-from ms4.manifest import check_files, read_manifest, write_manifest
-from ms4.weights.convert import BASE, MANIFEST, SOURCE
-from ms4.weights.layouts import Source
+from ms4.manifest import read_json, read_manifest, write_manifest
+from ms4.weights import checks, texts
+from ms4.weights.base import manifest_of
+from ms4.weights.convert import BASE, MANIFEST, OWN_MANIFEST, SOURCE
+from ms4.weights.layerwise import BaseWeights, SourceWeights, token_losses
+from ms4.weights.layouts import Layout, Source, find_layout
+from ms4.weights.meter import Meter
 from ms4.weights.recompute import decode_e4m3 as decode_e4m3
 from ms4.weights.recompute import recompute as recompute
-from ms4.weights.shards import read_header
-from ms4.weights.tables import base_table
+from ms4.weights.shards import Reader
+from ms4.weights.tables import STORAGES
+from ms4.weights.texts import Text
 
 OUTPUT = Path("results/verify.json")
+SCALES = ("plain", "yarn")
+MARGIN = 0.05
+"""Nats per token by which the other scale's loss must be lower before it counts."""
+ERRORS = 4.0
+"""Standard errors of the difference, token by token, that it must be."""
+PREDICTED = 0.7
+"""Share of ln(vocabulary), which guessing costs, that the better loss must be below."""
+_SHOWN = 20
+"""Faults that the error shows."""
+
+Verdict = Literal["holds", "other", "unpredicted", "skipped"]
+"""The configured softmax scale holds; the other one is clearly better; the model does not predict
+the text, so that no loss says anything; there is no tokenizer to take a loss with."""
 
 
-def check_keys(target: Path, dims: spec.Dimensions, to: str) -> int:
-    """Compare the headers of the base's files with the table; returns the number of tensors.
+@dataclass(frozen=True)
+class Losses:
+    """Nats per token of one text under both softmax scales."""
+
+    text: str
+    tokens: int
+    """Of which the loss is the mean."""
+    plain: float
+    yarn: float
+    difference: float
+    """The other scale's loss less that of the base's own."""
+    standard_error: float
+    """Of that difference, from the differences of the single tokens."""
+    exact: float | None = None
+    """Loss of the source's exact BF16 weights under the base's own scale, where it was taken."""
+    added: float | None = None
+    """What the base's storage adds to it."""
+
+
+@dataclass
+class Findings:
+    """What verify has to say; as JSON, the keys of its file."""
+
+    directory: str
+    experts: str
+    """How the routed experts are stored."""
+    softmax_scale: str
+    """The one that the base was made for."""
+    parameters: int
+    tensors: int = 0
+    """Of the base, as they are in its files."""
+    scanned: int = 0
+    """Files of the source that were scanned."""
+    recomputed: dict[str, float] = field(default_factory=dict)
+    """Norm-wise error of the sampled parameters."""
+    losses: Losses | None = None
+    verdict: Verdict = "skipped"
+    faults: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was left out, and what is odd without being a fault."""
+
+    @property
+    def other(self) -> str:
+        """The softmax scale that the base was not made for."""
+        return SCALES[1 - SCALES.index(self.softmax_scale)]
+
+
+def sample(source: Source) -> list[spec.Tensor]:
+    """First and last parameter of each kind of which the source is here: both ends of the model,
+    every projection."""
+    kinds: dict[str, list[spec.Tensor]] = {}
+    for tensor in spec.tensors(source.dims):
+        if source.is_here([tensor]):
+            kinds.setdefault(re.sub(r"\d+", "N", tensor.disk), []).append(tensor)
+    return [t for group in kinds.values() for t in dict.fromkeys((group[0], group[-1]))]
+
+
+def judge(own_C: torch.Tensor, other_C: torch.Tensor, vocabulary: int) -> Verdict:
+    """Compare the losses of the same tokens under the base's own and the other softmax scale."""
+    difference_C = other_C - own_C
+    better = min(float(own_C.mean()), float(other_C.mean()))
+    gain, error = -float(difference_C.mean()), standard_error(difference_C)
+    if not better < PREDICTED * math.log(vocabulary):
+        return "unpredicted"
+    return "other" if gain > MARGIN and gain > ERRORS * error else "holds"
+
+
+def standard_error(values_C: torch.Tensor) -> float:
+    """Of the mean of these values."""
+    return float(values_C.std()) / math.sqrt(len(values_C))
+
+
+class _Examination:
+    """One base under examination; each step adds to the findings."""
+
+    def __init__(self, target: Path, manifest: Path, threads: int) -> None:
+        self.target, self.path, self.threads = target, manifest, threads
+        self.manifest = read_manifest(manifest, "descale")
+        self.to: str = self.manifest.get("experts", "")
+        scale: str = self.manifest.get("softmax_scale", "")
+        if self.to not in STORAGES or scale not in SCALES:
+            raise Ms4Error(
+                f"{manifest}: does not say how the base is stored and for which softmax scale; "
+                "make the base again with `ms4 descale`."
+            )
+        self.layout: Layout = "native" if self.manifest.get("layout") == "native" else "hf"
+        self.dims = spec.read_dimensions(target)
+        self.config: dict[str, Any] = read_json(target / "config.json")
+        parameters = sum(tensor.numel for tensor in spec.tensors(self.dims))
+        self.found = Findings(target.as_posix(), self.to, scale, parameters)
+
+    def base(self) -> dict[str, str]:
+        """Tensors, settings and hashes; returns the faults of files by their names."""
+        self.found.tensors, faults = checks.tensor_faults(self.target, self.dims, self.to)
+        self.found.faults += faults
+        self.found.faults += checks.settings_faults(
+            self.config, self.dims, self.found.softmax_scale
+        )
+        return checks.file_faults(self.manifest, self.target, self.threads)
+
+    def source(self, source: Source, damaged: dict[str, str]) -> None:
+        """Scan the source and recompute a sample; say of damaged files what differs in them."""
+        if source.dims != self.dims:
+            self.found.faults.append(
+                f"{source.directory}: has other dimensions than {self.target}, so that it is not "
+                "what the base was made from"
+            )
+            return
+        missing = sorted(
+            set(source.files.values()) - {e.path.name for e in source.entries.values()}
+        )
+        if missing:
+            self.found.notes.append(
+                f"{source.directory}: {', '.join(missing)} not here: neither scanned nor compared"
+            )
+        self.found.scanned = len({entry.path for entry in source.entries.values()})
+        faults, notes = checks.source_faults(source, self.threads)
+        self.found.faults += faults
+        self.found.notes += [f"{note} (of activations: no weight depends on it)" for note in notes]
+        if source.layout == self.layout:
+            kept = self.manifest.get("source_scales") or {}
+            self.found.faults += checks.kept_scale_faults(source, kept, self.path)
+        else:
+            self.found.notes.append(
+                f"{source.directory}: is in another layout than what the base was made from; the "
+                "two can differ by a rounding"
+            )
+        for name in damaged:
+            if name.endswith(".safetensors") and (self.target / name).is_file():
+                damaged[name] += checks.differing(source, self.target, name, self.to)
+        if not self.found.faults and not damaged:
+            self._recompute(source)
+
+    def _recompute(self, source: Source) -> None:
+        chosen = sample(source)
+
+        def compare(tensor: spec.Tensor) -> float | Ms4Error:
+            try:
+                return recompute(source, self.target, tensor, self.to)
+            except Ms4Error as error:
+                return error
+            finally:
+                meter.add(tensor.numel)
+
+        with (
+            Meter("recompute", sum(tensor.numel for tensor in chosen)) as meter,
+            ThreadPoolExecutor(self.threads) as pool,
+        ):
+            for tensor, error in zip(chosen, pool.map(compare, chosen), strict=True):
+                if isinstance(error, Ms4Error):
+                    self.found.faults.append(str(error))
+                else:
+                    # Rounded: a file that is made twice is the same.
+                    self.found.recomputed[tensor.disk] = float(f"{error:.4g}")
+
+    def losses(self, source: Source | None, text: Text) -> None:
+        """Take the loss of a text under both scales, and of the exact weights where they are."""
+        own, other = self.found.softmax_scale, self.found.other
+        with Reader() as reader:
+            weights = BaseWeights(self.target, self.dims, self.config, self.to, reader)
+            both_NC = token_losses(weights, text, (own, other), "loss of the base")
+        means = dict(zip((own, other), both_NC.mean(dim=1).tolist(), strict=True))
+        exact = None
+        lossy = self.to == "nf4" or (self.to == "fp8" and self.layout == "native")
+        used = [t for t in spec.tensors(self.dims) if t.role not in ("vision", "projector")]
+        if lossy and source is not None and source.is_here(used):
+            alone_1C = token_losses(SourceWeights(source), text, (own,), "loss of the source")
+            exact = float(alone_1C.mean())
+        if not all(map(math.isfinite, (*means.values(), exact or 0.0))):
+            self.found.faults.append(f"{self.target}: the loss of {text.name} is not a number")
+            return
+        difference_C = both_NC[1] - both_NC[0]
+        self.found.verdict = judge(both_NC[0], both_NC[1], self.dims.vocabulary)
+        self.found.losses = Losses(
+            text=text.name,
+            tokens=both_NC.shape[1],
+            plain=round(means["plain"], 4),
+            yarn=round(means["yarn"], 4),
+            difference=round(means[other] - means[own], 4),
+            standard_error=round(standard_error(difference_C), 4),
+            exact=None if exact is None else round(exact, 4),
+            added=None if exact is None else round(means[own] - exact, 4),
+        )
+
+
+@contextmanager
+def _opened(directory: Path | None, layout: Layout, found: Findings) -> Iterator[Source | None]:
+    """The source, if there is one; what is wrong with it is a fault."""
+    source = None
+    if directory is None:
+        found.notes.append("no source was given: nothing was scanned or recomputed")
+    elif directory.is_dir() and not any(directory.glob("*.safetensors")):
+        found.notes.append(f"{directory}: its weights are gone: nothing was scanned or recomputed")
+    else:
+        try:
+            source = Source(directory, find_layout(directory, layout))
+        except Ms4Error as error:
+            found.faults.append(str(error))
+    if source is None:
+        yield None
+    else:
+        with source:
+            yield source
+
+
+def examine(
+    target: Path, manifest: Path, directory: Path | None, *, tiny: bool, threads: int
+) -> Findings:
+    """Everything that verify looks at.
+
+    Args:
+        target: directory of the base.
+        manifest: of the stage descale.
+        directory: of the source; None: there is none.
+        tiny: whether the base is of the built-in tiny model, which speaks no English.
+        threads: that read and compare.
 
     Raises:
-        Ms4Error: a tensor is missing, left over, or of another dtype or shape; each is named.
+        Ms4Error: there is no base to look at. What is wrong with it is among the findings.
     """
-    expected = base_table(dims, to)
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for path in sorted(target.glob("*.safetensors")):
-        for name, entry in read_header(path).items():
-            found[name] = (entry.dtype, entry.shape)
-    faults = [f"missing: {name}" for name in sorted(expected.keys() - found.keys())]
-    faults += [f"unexpected: {name}" for name in sorted(found.keys() - expected.keys())]
-    faults += [
-        f"{name}: {found[name]} instead of {expected[name]}"
-        for name in sorted(expected.keys() & found.keys())
-        if found[name] != expected[name]
-    ]
-    if faults:
-        shown = "\n  ".join(faults[:20])
-        raise Ms4Error(
-            f"{target}: {len(faults)} tensors are not the model's:\n  {shown}\n"
-            f"Remove {MANIFEST} and {target} and run again."
+    under = _Examination(target, manifest, threads)
+    found = under.found
+    damaged = under.base()
+    with _opened(directory, under.layout, found) as source:
+        if source is not None:
+            under.source(source, damaged)
+        found.faults += damaged.values()
+        if found.faults:
+            found.notes.append("no loss was taken of a base with faults")
+            return found
+        try:
+            text = texts.choose(target, under.dims.vocabulary, tiny=tiny)
+        except Ms4Error as error:
+            found.faults.append(str(error))
+            return found
+        if text is None:
+            found.notes.append(f"{target}: has no tekken.json, so no loss was taken of a text")
+        else:
+            under.losses(source, text)
+    return found
+
+
+# What a person sees.
+
+_VERDICTS: dict[Verdict, str] = {
+    "holds": "`{own}` holds: `{other}` is not clearly better",
+    "other": "`{other}` is clearly better than `{own}`, which the base was made for",
+    "unpredicted": "none: the model does not predict this text",
+    "skipped": "none: no loss was taken",
+}
+
+
+def _rows(found: Findings) -> Iterator[tuple[str, str]]:
+    yield (
+        "tensors",
+        f"{found.tensors:,} ({found.parameters:,} parameters, experts in {found.experts})",
+    )
+    yield "source", f"{found.scanned} files scanned" if found.scanned else "not scanned"
+    if found.recomputed:
+        worst = max(found.recomputed.values())
+        what = f"largest error {worst:.2%}" if worst else "all exact"
+        yield "recomputed", f"{len(found.recomputed)} parameters from the source: {what}"
+    if (losses := found.losses) is not None:
+        for scale, loss in zip(SCALES, (losses.plain, losses.yarn), strict=True):
+            mark = " (the base's)" if scale == found.softmax_scale else ""
+            yield f"loss, {scale}{mark}", f"{loss:.4f} nats per token"
+        yield (
+            "difference",
+            f"{losses.difference:+.4f} ± {losses.standard_error:.4f} on {losses.tokens} tokens of "
+            f"{losses.text}",
         )
-    return len(found)
+        if losses.exact is not None:
+            yield (
+                "loss, exact BF16",
+                f"{losses.exact:.4f}: {found.experts} adds {losses.added:+.4f}",
+            )
+    verdict = _VERDICTS[found.verdict].format(own=found.softmax_scale, other=found.other)
+    yield "softmax scale", verdict
+    yield "faults", str(len(found.faults)) if found.faults else "none"
 
 
-def _sample(dims: spec.Dimensions) -> list[spec.Tensor]:
-    """First and last FP8 tensor of each kind: both ends of the model, every projection."""
-    kinds: dict[str, list[spec.Tensor]] = {}
-    for tensor in spec.tensors(dims):
-        if tensor.dtype == "F8_E4M3":
-            kinds.setdefault(tensor.disk.split(".", 4)[-1], []).append(tensor)
-    return [tensor for group in kinds.values() for tensor in {group[0], group[-1]}]
+def print_findings(found: Findings) -> None:
+    """The findings as a table on standard output."""
+    console = Console()
+    table = Table(
+        title=f"Check of {found.directory}",
+        show_header=False,
+        box=None,
+        title_justify="left",
+        padding=(0, 2, 0, 0),
+    )
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    bad = {"faults": bool(found.faults), "softmax scale": found.verdict == "other"}
+    for name, value in _rows(found):
+        table.add_row(name, Line(value, style="bold red" if bad.get(name) else ""))
+    console.print(table)
+    for note in found.notes:
+        console.print(Line(f"  - {note}"), soft_wrap=True)
+
+
+def insist(found: Findings, manifest: Path) -> None:
+    """Stop where something is wrong.
+
+    Raises:
+        Ms4Error: the base or the source has faults, or the other softmax scale is clearly better.
+    """
+    if found.faults:
+        shown = "\n  ".join(found.faults[:_SHOWN])
+        more = f"\n  and {len(found.faults) - _SHOWN} more" if len(found.faults) > _SHOWN else ""
+        raise Ms4Error(
+            f"{found.directory}: {len(found.faults)} faults:\n  {shown}{more}\n"
+            f"Of the base: remove its files that are named and {manifest}, and run `ms4 descale` "
+            "again, which keeps the others. Of the source: fetch it again, or use another."
+        )
+    if found.verdict == "other" and found.losses is not None:
+        own, other, losses = found.softmax_scale, found.other, asdict(found.losses)
+        alone = manifest.name == OWN_MANIFEST and manifest.parent == Path(found.directory)
+        mend = (
+            f"Make it again with `ms4 descale … --softmax-scale {other}`"
+            if alone
+            else f"Set model.softmax_scale to `{other}` in the configuration and run again"
+        )
+        raise Ms4Error(
+            f"{found.directory}: {found.losses.text} costs {losses[own]:.3f} nats per token under "
+            f"the softmax scale `{own}`, for which the base was made, and {losses[other]:.3f} "
+            f"under `{other}`: the model was trained with that one. {mend}; the base itself is "
+            "not touched."
+        )
 
 
 def run_stage(config: RunConfig) -> None:
-    """Check `weights/base/` and write `results/verify.json`."""
-    base, origin = read_manifest(MANIFEST, "descale"), read_manifest(SOURCE, "fetch")
-    check_files(base, BASE, hashes=True)
-    dims = spec.read_dimensions(BASE)
-    count = check_keys(BASE, dims, base["experts"])
-    with Source(Path(origin["directory"])) as source:
-        errors = {
-            tensor.disk: recompute(source, BASE, tensor, base["experts"])
-            for tensor in _sample(dims)
-            if source.is_here([tensor])
-        }
+    """Check `weights/base/` and write `results/verify.json`.
+
+    Raises:
+        Ms4Error: something is wrong; the table on standard output says what is right, too.
+    """
+    origin = read_manifest(SOURCE, "fetch")
+    threads = config.run.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    tiny = origin.get("origin") == "tiny"
+    found = examine(BASE, MANIFEST, Path(origin["directory"]), tiny=tiny, threads=threads)
+    print_findings(found)
+    if found.faults or found.verdict == "other":
+        OUTPUT.unlink(missing_ok=True)  # what it vouched for is no longer so
+    insist(found, MANIFEST)
     write_manifest(
         OUTPUT,
         "verify",
         config_hash=config.part_hash("verify"),
         inputs=[MANIFEST],
-        tensors=count,
-        parameters=base["parameters"],
-        recomputed=errors,
+        **asdict(found),
     )
-    worst = max(errors.values())
-    print(
-        f"verify: {count} tensors as the table has them; {len(errors)} recomputed from FP8 × scale,"
-    )
-    print(f"        largest error {worst:.2%} ({base['experts']} experts, everything else exact)")
+
+
+def verify_directory(target: Path, source: Path | None, *, as_json: bool) -> None:
+    """`ms4 verify TARGET`: of a base outside a project, or of a project's `weights/base`.
+
+    Nothing is written: the findings go to standard output, as a table or as JSON.
+
+    Args:
+        target: directory of the base.
+        source: of the FP8 checkpoint that it was made from; in a project, the project's own if it
+            is not given.
+        as_json: print the findings as JSON and nothing else.
+
+    Raises:
+        Ms4Error: something is wrong; with `as_json` the findings are printed before.
+    """
+    if not target.is_dir():
+        raise Ms4Error(f"{target}: no such directory; give one that `ms4 descale` has made.")
+    manifest, tiny = manifest_of(target), False
+    origin = manifest.with_name(SOURCE.name)
+    if manifest.parent != target and origin.is_file():
+        fetched = read_manifest(origin, "fetch")
+        tiny = fetched.get("origin") == "tiny"
+        if source is None:
+            # Relative to the project, whose `weights/` the manifest is in.
+            source = manifest.parent.parent / fetched["directory"]
+    found = examine(target, manifest, source, tiny=tiny, threads=torch.get_num_threads())
+    if as_json:
+        json.dump(asdict(found), sys.stdout, indent=2, ensure_ascii=False)
+        print()
+    else:
+        print_findings(found)
+    insist(found, manifest)
