@@ -310,7 +310,8 @@ class Piece:
         if due:
             # One at a time: a thread that meets another's sync waits, so that nobody runs ahead.
             with self._syncing, writable(self.path):
-                os.fdatasync(self._handle)
+                if self._handle >= 0:  # else it is whole meanwhile, and synced
+                    os.fdatasync(self._handle)
 
     @property
     def complete(self) -> int:
@@ -324,9 +325,11 @@ class Piece:
 
     def close(self) -> None:
         """Let go of the file; what is not finished stays under its temporary name."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        # Not under a writer: the number of its file could be another's the next moment.
+        with self._writing, self._syncing:
+            if self._handle >= 0:
+                os.close(self._handle)
+                self._handle = -1
 
     def discard(self) -> None:
         """Give up: nothing is left of it, unless the disk does not even remove."""
