@@ -434,19 +434,27 @@ def test_a_file_is_synced_before_its_name_and_the_name_before_the_news(
 def test_syncs_on_the_way_do_not_come_upon_a_closed_file(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slow disk: the file is hashed and named while a writer still waits to sync it."""
+    """A slow disk, and writers that are held up: meanwhile the file is hashed and gets its name."""
     plain = os.fdatasync
 
     def slow(handle: int) -> None:
-        time.sleep(0.01)
+        time.sleep(0.005)
         plain(handle)
+
+    def held_up(tell: Callable[[], None]) -> Callable[[], None]:
+        def tell_and_wait() -> None:
+            tell()
+            time.sleep(0.02)
+
+        return tell_and_wait
 
     monkeypatch.setattr(os, "fdatasync", slow)
     monkeypatch.setattr(shards, "SYNC_BYTES", 8)
     follower = Follower(lambda *_: None)
-    pieces = [Piece(tmp_path / f"{n}.safetensors", TABLE) for n in range(4)]
+    pieces = [Piece(tmp_path / f"{n}.safetensors", TABLE) for n in range(3)]
     for number, piece in enumerate(pieces):
         follower.add(piece)
+        piece.on_progress = held_up(piece.on_progress)
         fill(piece, number, threads=6)
     follower.close()
     assert all(piece.path.read_bytes() == file.read_bytes() for piece in pieces)
