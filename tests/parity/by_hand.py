@@ -4,11 +4,16 @@ names, transforms and products are written down here again and not taken from wh
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+from ms4.weights import configs
+from ms4.weights.convert import descale_directory
+from ms4.weights.tables import Storage
 
 TEXT = "language_model.model."
 TOP = {
@@ -121,6 +126,57 @@ def bf16_weights(directory: Path) -> dict[str, torch.Tensor]:
     return _from_hf(tensors)
 
 
+def native_checkpoint(directory: Path, weights: dict[str, torch.Tensor], config: dict) -> Path:
+    """Write weights in the native layout and in FP8, every matrix under a scale of its own.
+
+    Args:
+        directory: is made.
+        weights: in BF16, by their names in the HF layout.
+        config: of the HF layout.
+    """
+    directory.mkdir()
+    top, layer, vision = (
+        {after: before for before, after in table.items()}
+        for table in (TOP, TEXT_LAYER, VISION_LAYER)
+    )
+    tensors = {}
+
+    def put(module: str, weight: torch.Tensor, coded: bool) -> None:
+        if coded:
+            scale = (weight.abs().amax().float() / 448).bfloat16()
+            tensors[f"{module}.qscale_weight"] = scale
+            tensors[f"{module}.qscale_act"] = (scale * 3).bfloat16()
+            weight = (weight.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+        tensors[f"{module}.weight"] = weight.contiguous()
+
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        number, _, inside = module.partition("layers.")[2].partition(".")
+        if ".mlp.experts." in name:
+            for expert, matrix in enumerate(weight):
+                parts = {"w2": matrix}
+                if name.endswith("gate_up_proj"):
+                    parts = dict(zip(("w1", "w3"), matrix.chunk(2), strict=True))
+                for w, part in parts.items():
+                    put(f"layers.{number}.experts.{expert}.{w}", part, coded=True)
+        elif module in top:
+            put(top[module], weight, coded=False)
+        elif module.startswith(TEXT):
+            coded = weight.dim() == 2 and inside != "mlp.gate"
+            put(f"layers.{number}.{layer[inside]}", weight, coded)
+        else:
+            if inside in ("attention.q_proj", "attention.k_proj"):
+                heads = config["vision_config"]["num_attention_heads"]
+                rows, width = weight.shape
+                weight = weight.view(heads, 2, rows // heads // 2, width).transpose(1, 2)
+                weight = weight.reshape(rows, width)
+            put(f"vision_encoder.transformer.layers.{number}.{vision[inside]}", weight, coded=False)
+    save_file(tensors, directory / "consolidated.safetensors")
+    params = configs.to_params(config, fp8=True)
+    (directory / "params.json").write_text(json.dumps(params))
+    return directory
+
+
 def transformers_name(name: str) -> str:
     """Name in the model of a tensor of the HF layout."""
     for before, after in (
@@ -160,5 +216,36 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (
         a.dtype == b.dtype
         and a.shape == b.shape
-        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
     )
+
+
+def assert_same_tensors(
+    found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], but: Collection[str] = ()
+) -> None:
+    """The same names, and the same bits except for those of `but`."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert name in but or same_bits(found[name], tensor), name
+
+
+def assert_same_files(found: Path, wanted: Path, names: Iterable[str]) -> None:
+    """Byte for byte."""
+    for name in names:
+        assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
+
+
+def based(source: Path, to: Storage = "bf16", scale: str = "plain") -> Path:
+    """A base of a checkpoint, beside it."""
+    target = source.with_name(f"{source.name}-{to}-{scale}")
+    descale_directory(source, target, to, scale)
+    return target
+
+
+def edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of each file of weights; their sizes stay what they were."""
+    for path in directory.glob("*.safetensors"):
+        size, tensors = path.stat().st_size, load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+        assert path.stat().st_size == size

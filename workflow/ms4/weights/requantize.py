@@ -54,7 +54,7 @@ class _Plan:
 
     scale: float
     untouched: tuple[bool, ...]
-    """Of each of its native matrices: whether the source's codes are taken."""
+    """Of each of its native matrices: whether the codes are those that it had in the source."""
     outgrown: bool
     """Its largest magnitude is beyond the scale that it had."""
     shared: bool
@@ -75,8 +75,8 @@ class Requantizer:
         if source is not None:
             self._check(source)
         origin = base if source is None else source
-        coded = [tensor for tensor in base.tensors if tensor.dtype == "F8_E4M3"]
-        self._scales = {tensor.disk: origin.source_scales(tensor) for tensor in coded}
+        self._tensors = {t.disk: t for t in base.tensors if t.dtype == "F8_E4M3"}
+        self._scales = {name: origin.source_scales(t) for name, t in self._tensors.items()}
         self._segments: dict[str, list[Segment]] = {}
         self._plans: dict[tuple[str, int], _Plan] = {}
         self._errors: dict[tuple[str, int], tuple[float, float]] = {}
@@ -121,39 +121,35 @@ class Requantizer:
         if self._base.to == "fp8":
             again = sum(
                 len(set(own)) > 1
-                for tensor in self._base.tensors
-                if tensor.dtype == "F8_E4M3"
-                for own in _by_matrix(tensor, self._scales[tensor.disk][0])
+                for name, (weights, _) in self._scales.items()
+                for own in _by_matrix(self._tensors[name], weights)
             )
             text = (
-                f"gate and up of {again} experts share a scale here that they do not in the native "
-                "layout, and one of them was rounded to FP8 again when the base was made: lossy."
+                "experts whose gate and up share a scale here and not in the native layout: "
+                f"{again}; one of the two was rounded to FP8 again when the base was made: lossy."
             )
             return [text] if again else []
         shared = [key for key in self._errors if self._plans[key].shared]
         changed = [key for key in self._errors if not self._plans[key].shared]
-        outgrown = [
-            f"{name}[{matrix}]"
-            for (name, matrix), plan in sorted(self._plans.items())
-            if plan.outgrown
-        ]
+        outgrown = sorted(key for key, plan in self._plans.items() if plan.outgrown)
         notes = []
         if shared:
             notes.append(
-                f"gate and up of {len(shared)} experts share a scale here that they do not in the "
-                "native layout, and were rounded to FP8 again: lossy, norm-wise error "
-                f"{self._error(shared):.2%}. BF16 is without."
+                "experts whose gate and up share a scale here and not in the native layout: "
+                f"{len(shared)}; rounded to FP8 again: lossy, norm-wise error "
+                f"{self._error(shared):.2%}. BF16 has no such loss."
             )
         if changed:
             notes.append(
-                f"{len(changed)} matrices were changed and rounded to FP8: norm-wise error "
+                f"matrices that were changed and rounded to FP8: {len(changed)}, norm-wise error "
                 f"{self._error(changed):.2%}."
             )
         if outgrown:
-            more = f" and {len(outgrown) - _NAMED} more" if len(outgrown) > _NAMED else ""
+            named = ", ".join(f"{name}[{matrix}]" for name, matrix in outgrown[:_NAMED])
+            more = ", …" if len(outgrown) > _NAMED else ""
             notes.append(
-                f"{len(outgrown)} matrices have outgrown their scale and got a larger one: "
-                f"{', '.join(outgrown[:_NAMED])}{more}."
+                f"matrices that outgrew their scale and got a larger one: {len(outgrown)} "
+                f"({named}{more})."
             )
         return notes
 
@@ -180,12 +176,12 @@ class Requantizer:
         each = tensor.numel // _matrices(tensor) // len(own)
         largest, untouched = 0, []
         for number, scale in enumerate(own):
-            same = self._source is not None
+            same = True
             for start, count in _stretches((matrix * len(own) + number) * each, each):
                 bits = self._base.read_bf16(tensor, start, count)
                 largest = max(largest, int((bits & np.uint16(0x7FFF)).max()))
-                if same and self._source is not None:
-                    codes = self._codes(self._source, tensor, start, count)
+                if same:
+                    codes = self._codes(tensor, start, bits, scale)
                     same = np.array_equal(_products(codes, scale), bits)
             untouched.append(same)
         if largest >= _INFINITE:
@@ -203,28 +199,39 @@ class Requantizer:
         plan = self._plan(tensor, matrix)
         own = _by_matrix(tensor, self._scales[tensor.disk][0])[matrix]
         each = tensor.numel // _matrices(tensor) // len(own)
-        square = total = 0.0
+        error, norm = 0.0, 0.0
         for number, scale in enumerate(own):
             for start, count in _stretches((matrix * len(own) + number) * each, each):
                 bits = self._base.read_bf16(tensor, start, count)
-                if plan.untouched[number] and self._source is not None:
-                    codes = self._codes(self._source, tensor, start, count)
+                if plan.untouched[number]:
+                    codes = self._codes(tensor, start, bits, scale)
                     if scale != plan.scale:
                         codes = fp8.rescale(codes, scale, plan.scale)
                 else:
                     codes = fp8.encode(bits, plan.scale)
                 piece.write(tensor.disk, start, codes)
-                made, wanted = _products(codes, plan.scale), _numbers(bits).astype(np.float64)
+                made, wanted = _products(codes, plan.scale), _numbers(bits)
+                norm += _square(wanted, plan.scale)
                 if not np.array_equal(made, bits):
-                    square += float(np.sum((_numbers(made) - wanted) ** 2))
-                total += float(np.sum(wanted**2))
-        if square:
-            self._errors[tensor.disk, matrix] = (square, total)
+                    error += _square(_numbers(made) - wanted, plan.scale)
+        if error:
+            self._errors[tensor.disk, matrix] = (error, norm)
 
-    def _codes(self, source: Source, tensor: spec.Tensor, start: int, count: int) -> Bytes:
+    def _codes(self, tensor: spec.Tensor, start: int, bits: BF16, scale: float) -> Bytes:
+        """Codes that a stretch of a native matrix has, if nobody touched it: the source's, or else
+        the nearest under its scale."""
+        if self._source is None:
+            return fp8.encode(bits, scale)
         if tensor.disk not in self._segments:
-            self._segments[tensor.disk] = source.segments(tensor)
-        return source.read_across(self._segments[tensor.disk], start, count)
+            self._segments[tensor.disk] = self._source.segments(tensor)
+        return self._source.read_across(self._segments[tensor.disk], start, len(bits))
+
+
+def _square(numbers: npt.NDArray[np.float32], scale: float) -> float:
+    """The sum of the numbers' squares, taken in units of a scale: large ones have no square in
+    float32."""
+    shares = numbers / np.float32(scale)
+    return float(np.dot(shares, shares)) * scale**2
 
 
 def _matrices(tensor: spec.Tensor) -> int:
