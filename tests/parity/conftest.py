@@ -1,10 +1,13 @@
 """The bases made of the tiny checkpoint, once a session."""
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ms4 import config
 from ms4.cli import run_stage
@@ -33,6 +36,21 @@ def bases(checkpoint, tmp_path_factory) -> dict[str, Path]:
             run_stage(stage, settings(checkpoint, experts=kind))
     os.chdir(before)
     return made
+
+
+@pytest.fixture
+def project(bases, tmp_path, monkeypatch) -> Path:
+    """A copy of the NF4 project that a test may spoil; the test runs in it."""
+    shutil.copytree(bases["nf4"], tmp_path / "p", dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path / "p")
+    return tmp_path / "p"
+
+
+def spoil(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a file of weights."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
 
 
 @pytest.fixture(autouse=True)

@@ -27,11 +27,11 @@ STRETCH = 1 << 20
 """Elements that are compared at a time: whole blocks of NF4, and of groups of them."""
 BLOCK, GROUP = 64, 256
 """Weights that share one absmax, and absmax codes that share one scale."""
-NF4_MAX_ERROR = 0.12
-"""Norm-wise error of NF4 that is still quantization and not a fault: 0.0924 for normal weights."""
 TIE = 1e-6
 """Distance of a number in ±1 from the middle of two values of a code within which either is right:
 the quotient is rounded differently on different machines."""
+ABSMAX_TIE = 5e-5
+"""The same of absmax: bitsandbytes' own 8-bit codes are that far from the nearest, around zero."""
 
 
 def decode_e4m3(codes: npt.NDArray[np.uint8]) -> Floats:
@@ -170,8 +170,6 @@ def recompute(
                 _check_fp8(source, base, tensor, number, group, error)
             else:
                 _check_bf16(source, base, tensor, group, error)
-    if not error.value <= NF4_MAX_ERROR:
-        raise base.fault(tensor, f"by {error.value:.1%}, allowed are {NF4_MAX_ERROR:.0%}")
     return error.value
 
 
@@ -210,7 +208,8 @@ def _check_fp8(
         else:
             exact = decoded * np.float32(segment.scale)
             distance = np.abs(decoded[None, :] * np.float32(scale) - exact[:, None])
-            allowed = distance <= np.nanmin(distance[:, ~np.isnan(decoded)], axis=1)[:, None]
+            distance = np.nan_to_num(distance, nan=np.inf)
+            allowed = distance <= distance.min(axis=1, keepdims=True)
         for start, count in _stretches(segment):
             codes = source.read(segment, start, count)
             found = base.read(tensor.disk, segment.at + start, count)
@@ -287,10 +286,10 @@ def _check_absmax(
     groups = [np.abs(largest[i : i + GROUP] - offset).max() for i in range(0, len(largest), GROUP)]
     if not np.allclose(scales[::GROUP], groups, rtol=1e-4, atol=1e-6 * mean):
         raise base.fault(tensor, f"expert {expert}: the scales of its absmax are not the largest")
-    # The 8-bit codes of what is left, of its group's largest.
+    # The 8-bit codes of what is left, as shares of the largest; of nothing any code is right.
     share = (largest - offset) / np.where(scales > 0, scales, 1)
-    distance = np.abs(dynamic[codes] - share)
-    if wrong := int((distance > _nearest(np.sort(dynamic), share) + TIE).sum()):
+    distance = np.where(scales > 0, np.abs(dynamic[codes] - share), 0)
+    if wrong := int((distance > _nearest(np.sort(dynamic), share) + ABSMAX_TIE).sum()):
         raise base.fault(
             tensor, f"expert {expert}: {wrong} of the codes of its absmax are not the nearest"
         )
