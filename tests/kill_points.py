@@ -6,6 +6,7 @@ milliseconds and not seconds, and every point can be tried. The parent starts no
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import resource
@@ -15,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,9 +46,11 @@ class Conditions:
 
     point: Point | None = None
     trace: Path | None = None
-    """Where a line is written for each call in `CHANGES`: its name, and the file."""
+    """Where a line is written for each call in `CHANGES`: its name and the files, with tabs."""
     file_limit: int | None = None
     """Bytes of a file, at most."""
+    sync_bytes: int | None = None
+    """Written bytes after which a growing file is synced."""
     threads: int | None = None
     memory: Path | None = None
     """Where the process writes, in bytes, what it held when it began and the most that it held."""
@@ -69,7 +73,8 @@ class Running:
     def send(self, number: signal.Signals) -> None:
         """Send a signal."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        with suppress(ProcessLookupError):  # it has ended
+            os.kill(self.process.pid, number)
 
     def result(self, seconds: float = 120) -> Result:
         """Wait until it has ended."""
@@ -103,6 +108,7 @@ def _child(cwd: Path, log: Path, argv: list[str], conditions: Conditions) -> Non
     import torch
 
     from ms4.cli import main
+    from ms4.weights import shards
 
     os.chdir(cwd)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -115,6 +121,8 @@ def _child(cwd: Path, log: Path, argv: list[str], conditions: Conditions) -> Non
     if conditions.file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python has it from its start
         resource.setrlimit(resource.RLIMIT_FSIZE, (conditions.file_limit, conditions.file_limit))
+    if conditions.sync_bytes is not None:
+        shards.SYNC_BYTES = conditions.sync_bytes
     if conditions.point is not None or conditions.trace is not None:
         _watch(conditions)
     before = _status_bytes("VmRSS")
@@ -150,16 +158,17 @@ def _watch(conditions: Conditions) -> None:
                 counts[name] += 1
                 here = point is not None and (point.call, point.number) == (name, counts[name])
             if trace >= 0:
-                os.write(trace, f"{name} {_path(args)}\n".encode())
+                os.write(trace, f"{name}\t{_files(args)}\n".encode())
             if here and point is not None and point.when == "before":
                 happen()
             if here and point is not None and point.when == "within":
                 plain(args[0], memoryview(args[1])[: len(args[1]) // 2], *args[2:])
                 happen()
-            made = plain(*args, **options)
-            if here and point is not None and point.when == "after":
-                happen()
-            return made
+            try:
+                return plain(*args, **options)
+            finally:
+                if here and point is not None and point.when == "after":
+                    happen()
 
         return call
 
@@ -167,8 +176,24 @@ def _watch(conditions: Conditions) -> None:
         setattr(os, name, watched(name, getattr(os, name)))
 
 
-def _path(args: tuple[Any, ...]) -> str:
-    """The file that a call is about: for a rename both, the old name first."""
+def _files(args: tuple[Any, ...]) -> str:
+    """The files that a call is about: for a rename two, the old name first."""
     if isinstance(args[0], int):
         return str(Path(f"/proc/self/fd/{args[0]}").readlink())
-    return " ".join(os.fspath(part) for part in args[:2] if isinstance(part, (str, os.PathLike)))
+    names = [part for part in args[:2] if isinstance(part, str | os.PathLike)]
+    return "\t".join(str(Path(name).absolute()) for name in names)
+
+
+def content(base: Path) -> dict[str, bytes]:
+    """All files of a base but its locks, the records without their time stamps."""
+    files = {}
+    for path in sorted(base.rglob("*")):
+        name = path.relative_to(base)
+        if path.is_dir() or name.parts[0] == "locks":
+            continue
+        files[str(name)] = path.read_bytes()
+        if name.parts[0] == ".pieces" and path.suffix == ".json":
+            record = json.loads(path.read_text())
+            del record["mtime_ns"]
+            files[str(name)] = json.dumps(record).encode()
+    return files

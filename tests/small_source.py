@@ -88,11 +88,15 @@ def bf16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint16]]:
 
 
 def write(
-    directory: Path, layout: layouts.Layout = "hf", dims: spec.Dimensions = DIMS, shards: int = 3
+    directory: Path,
+    layout: layouts.Layout = "hf",
+    dims: spec.Dimensions = DIMS,
+    shards: int = 3,
+    seed: int = 0,
 ) -> Path:
     """Write a checkpoint of `shards` files with index, settings and a tokenizer file."""
     directory.mkdir(parents=True)
-    everything = tensors(dims, layout)
+    everything = tensors(dims, layout, seed)
     names = list(everything)
     each = -(-len(names) // shards)
     stem = "model" if layout == "hf" else "consolidated"

@@ -1,10 +1,7 @@
 """FP8, NF4 and converter against bits, bitsandbytes and faults made on purpose."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -203,26 +200,3 @@ def test_a_source_that_changed_after_fetch_is_refused(checkpoint, tmp_path, monk
     shard.write_bytes(shard.read_bytes() + b"x")
     with pytest.raises(Ms4Error, match="not as its manifest says"):
         run_stage("descale", settings(source))
-
-
-@pytest.mark.slow
-def test_descale_survives_kill_9(checkpoint, bases, tmp_path):
-    """Killed again and again at its start, it still ends with the same base."""
-    config = tmp_path / "config/config.yaml"
-    config.parent.mkdir()
-    values = settings(checkpoint).model_dump(mode="json")
-    config.write_text(json.dumps(values))
-    command = [sys.executable, "-m", "ms4", "descale"]
-    env = {**os.environ}
-    subprocess.run([sys.executable, "-m", "ms4", "fetch"], cwd=tmp_path, env=env, check=True)
-    for _ in range(3):
-        process = subprocess.Popen(command, cwd=tmp_path, env=env)
-        pieces = tmp_path / BASE / ".pieces"
-        have = len(list(pieces.glob("*.json")))
-        while process.poll() is None and len(list(pieces.glob("*.json"))) == have:
-            pass
-        process.kill()
-        process.wait()
-    subprocess.run(command, cwd=tmp_path, env=env, check=True)
-    for path in (bases["nf4"] / BASE).glob("*.safetensors"):
-        assert (tmp_path / BASE / path.name).read_bytes() == path.read_bytes()
