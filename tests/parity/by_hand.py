@@ -144,6 +144,7 @@ def native_checkpoint(directory: Path, weights: dict[str, torch.Tensor], config:
     def put(module: str, weight: torch.Tensor, coded: bool) -> None:
         if coded:
             scale = (weight.abs().amax().float() / 448).bfloat16()
+            scale = torch.where(scale > 0, scale, torch.ones_like(scale))
             tensors[f"{module}.qscale_weight"] = scale
             tensors[f"{module}.qscale_act"] = (scale * 3).bfloat16()
             weight = (weight.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
