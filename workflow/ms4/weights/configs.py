@@ -204,8 +204,37 @@ _SIZES = {
     "merge": ("vision_encoder", "spatial_merge_size"),
 }
 """Dimension → where `params.json` has it."""
+_MOST = 1e12
+"""Of a setting that is no size: beyond is damage."""
 _DERIVED = {"vision_head": ("vision_hidden", "vision_heads")}
 """Dimension that `params.json` may leave out → whose quotient it is."""
+
+
+def _section(table: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    section = table.get(key) or {}
+    if not isinstance(section, Mapping):
+        raise Ms4Error(f"{where}: {key} is {section!r:.40}; it must be a table of settings.")
+    return section
+
+
+def _number(table: Mapping[str, Any], key: str, default: float, where: str) -> float:
+    value = table.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
+        raise Ms4Error(f"{where}: {key} is {value!r:.40}; it must be a number from 0 to {_MOST:g}.")
+    return float(value)
+
+
+def check_rotary(config: Mapping[str, Any], where: str) -> None:
+    """Check what the softmax scale is computed from, before hours are spent on weights for it.
+
+    Raises:
+        Ms4Error: it is no number.
+    """
+    rope = _section(config["text_config"], "rope_parameters", where)
+    for key in ("factor", "mscale_all_dim"):
+        _number(rope, key, 1.0, where)
 
 
 def from_params(params: Any, where: str) -> dict[str, Any]:
@@ -236,7 +265,9 @@ def from_params(params: Any, where: str) -> dict[str, Any]:
         raise Ms4Error(f"{where}: moe.first_k_dense_replace must be 0: all layers are MoE.")
     config = hf_config(spec.Dimensions(**sizes))
     text, vision = config["text_config"], config["vision_config"]
-    yarn, encoder = params.get("yarn") or {}, params["vision_encoder"]
+    encoder = params["vision_encoder"]
+    yarn = _section(params, "yarn", where)
+    scaling = _section(params, "llama_4_scaling", where)
     text |= {
         "intermediate_size": params.get("hidden_dim", text["intermediate_size"]),
         "rms_norm_eps": params.get("norm_eps", text["rms_norm_eps"]),
@@ -248,16 +279,16 @@ def from_params(params: Any, where: str) -> dict[str, Any]:
     if length is not None:
         text["max_position_embeddings"] = length
     text["rope_parameters"] |= {
-        "rope_theta": float(params.get("rope_theta", 10000.0)),
-        "factor": float(yarn.get("factor", 128.0)),
+        "rope_theta": _number(params, "rope_theta", 10000.0, where),
+        "factor": _number(yarn, "factor", 128.0, where),
         "original_max_position_embeddings": yarn.get("original_max_position_embeddings", 8192),
         "max_position_embeddings": text["max_position_embeddings"],
-        "beta_fast": float(yarn.get("beta", 32.0)),
-        "beta_slow": float(yarn.get("alpha", 1.0)),
-        "llama_4_scaling_beta": (params.get("llama_4_scaling") or {}).get("beta", 0.1),
+        "beta_fast": _number(yarn, "beta", 32.0, where),
+        "beta_slow": _number(yarn, "alpha", 1.0, where),
+        "llama_4_scaling_beta": scaling.get("beta", 0.1),
     }
     vision["image_size"] = encoder.get("image_size", vision["image_size"])
-    vision["rope_parameters"]["rope_theta"] = float(encoder.get("rope_theta", 10000.0))
+    vision["rope_parameters"]["rope_theta"] = _number(encoder, "rope_theta", 10000.0, where)
     if not params.get("quantization"):
         del config["quantization_config"]
     return config
