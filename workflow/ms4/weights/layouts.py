@@ -116,6 +116,7 @@ def read_settings(directory: Path, layout: Layout) -> dict[str, Any]:
     settings = read_json(path)
     made = configs.from_params(settings, str(path)) if layout == "native" else dict(settings)
     _check_sizes(spec.dimensions_from_config(made, str(path)), str(path), layout)
+    configs.check_rotary(made, str(path))
     return made
 
 
