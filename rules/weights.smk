@@ -6,7 +6,8 @@ rule fetch:
         "weights/source.json",
     log:
         "logs/fetch.log",
-    threads: THREADS if TINY else 1
+    # The tiny model is made here; a source that is freed is converted here.
+    threads: THREADS if TINY or CONFIG.model.free_source else 2
     resources:
         mem_mb=4_000,
         runtime=720,

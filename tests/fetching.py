@@ -15,8 +15,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ms4 import config, manifest
+from ms4.weights import configs
 from ms4.weights.download import RemoteFile
 from tests.hub import Hub
+from tests.small_source import DIMS
 
 REPOSITORY = "someone/small-four"
 BIG = "model-00002-of-00002.safetensors"
@@ -44,8 +46,7 @@ def make_checkpoint(directory: Path, seed: int = 0) -> Path:
         tensors = {f"{shard[:11]}.weight": generator.random((rows, 64), dtype=np.float32)}
         save_file(tensors, directory / shard, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, shard)
-    model = {"model_type": "mistral3", "text_config": {"model_type": "mistral4"}}
-    (directory / "config.json").write_text(json.dumps(model))
+    (directory / "config.json").write_text(json.dumps(configs.hf_config(DIMS)))
     write_index(directory, weight_map)
     (directory / "tekken.json").write_text(json.dumps({"vocab": list(range(30_000))}))
     (directory / "params.json").write_text("{}")
@@ -59,11 +60,9 @@ def write_index(directory: Path, weight_map: Any) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def make_config(source: str, revision: str | None = None) -> config.RunConfig:
-    return config.check(
-        {"model": {"source": source, "revision": revision}, "data": {"train": ["train.jsonl"]}},
-        "test",
-    )
+def make_config(source: str, revision: str | None = None, **model: Any) -> config.RunConfig:
+    model |= {"source": source, "revision": revision}
+    return config.check({"model": model, "data": {"train": ["train.jsonl"]}}, "test")
 
 
 @dataclass
@@ -88,8 +87,8 @@ class Project:
         directory.mkdir()
         self.configure(REPOSITORY)
 
-    def configure(self, source: str, revision: str | None = None) -> None:
-        text = config.dump(make_config(source, revision))
+    def configure(self, source: str, revision: str | None = None, **model: Any) -> None:
+        text = config.dump(make_config(source, revision, **model))
         (self.directory / "config.yaml").write_text(text)
 
     def start(self, **environment: str) -> subprocess.Popen[str]:
@@ -108,8 +107,8 @@ class Project:
     def manifest(self) -> dict[str, Any]:
         return manifest.read_manifest(self.directory / "weights/source.json", "fetch")
 
-    def partials(self) -> list[Path]:
-        return list(self.source.glob("*.part"))
+    def partials(self, name: str = "*") -> list[Path]:
+        return list(self.source.glob(f"{name}.*.part"))
 
     def holds(self, checkpoint: Path) -> bool:
         """Whether the fetched files are those of `checkpoint`, and the manifest says so."""

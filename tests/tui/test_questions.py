@@ -103,7 +103,10 @@ def test_setting(setting: str, field: str, value: Any) -> None:
     [
         ("seed", "needs the form key=value"),
         ("sed=1", "unknown key `sed`; did you mean `seed`?"),
-        ("model.zzz=1", "unknown key `zzz`; known: source, revision, experts, softmax_scale"),
+        (
+            "model.zzz=1",
+            "unknown key `zzz`; known: source, revision, layout, free_source, experts,",
+        ),
         ("seed.more=1", "`seed` has no keys"),
         ("seed=many", "Input should be a valid integer"),
         ("model.experts=int3", "Input should be 'nf4' or 'bf16'"),

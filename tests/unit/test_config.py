@@ -171,6 +171,14 @@ REFUSED = [
         "c.yaml: model.revision: the tiny model has none; remove it",
     ),
     (
+        MINIMAL + "model: {source: tiny, layout: native}\n",
+        "c.yaml: model.layout: the tiny model is made in `hf`; remove it",
+    ),
+    (
+        MINIMAL + "model: {source: tiny, free_source: true}\n",
+        "c.yaml: model.free_source: the tiny model is not fetched; remove it",
+    ),
+    (
         MINIMAL + "adapters: {targets: [shared, attention, shared]}\n",
         "c.yaml: adapters.targets: names a target twice",
     ),
@@ -400,6 +408,17 @@ def test_seed_and_threads_do_not_touch_weights_that_are_not_made_here(
     assert rerun(values, changed(values, "seed", 7)) == {"train"}
     assert rerun(values, changed(values, "run.threads", 3)) == {"plan", "train", "evaluate"}
     assert rerun(values, changed(values, "model.revision", "abc")) == {"fetch"}
+
+
+def test_a_source_that_is_freed_is_converted_when_it_is_fetched(
+    demo_values: dict[str, Any],
+) -> None:
+    values = changed(demo_values, "model.source", "owner/name")
+    assert rerun(values, changed(values, "model.layout", "native")) == {"fetch"}
+    freed = changed(values, "model.free_source", True)
+    assert rerun(values, freed) == {"fetch"}
+    assert rerun(freed, changed(freed, "model.experts", "bf16")) == {"fetch", "descale", "plan"}
+    assert rerun(freed, changed(freed, "model.softmax_scale", "yarn")) == {"descale"}
 
 
 def test_hashes_differ_between_stages_and_not_between_calls(demo_values: dict[str, Any]) -> None:

@@ -50,12 +50,21 @@ class ModelSection(Section):
     """Which weights, and how they are held."""
 
     source: str = Field(default="mistralai/Mistral-Small-4-119B-2603", min_length=1)
-    """Hub id (`owner/name`), a local directory in the HF layout, or `tiny`: the built-in
+    """Hub id (`owner/name`), a local directory in either layout, or `tiny`: the built-in
     2-million-parameter model, made on the spot in a few minutes, for trying the pipeline."""
 
     revision: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
     """Commit, tag or branch on the hub; the commit that it stood for is recorded.
     null: the main branch. Not for local directories."""
+
+    layout: Literal["hf", "native"] = "hf"
+    """Which files of a hub are fetched: `hf` (config.json, model-*.safetensors) or `native`
+    (params.json, consolidated-*.safetensors). A local directory is read in the layout that it
+    holds, in this one if it holds both."""
+
+    free_source: bool = False
+    """Convert shards while others are fetched, and remove each when what was made of it is
+    verified: less disk, but no FP8 export with the source's own codes. Only with a hub id."""
 
     experts: Literal["nf4", "bf16"] = "nf4"
     """How the routed experts are held in memory: `nf4` (4.13 bits a weight) or `bf16`."""
@@ -208,6 +217,10 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_across_fields(self) -> RunConfig:
         faults = []
+        if self.model.source == "tiny" and self.model.layout != "hf":
+            faults.append("model.layout: the tiny model is made in `hf`; remove it")
+        if self.model.source == "tiny" and self.model.free_source:
+            faults.append("model.free_source: the tiny model is not fetched; remove it")
         if self.method == "full":
             faults.append("method: `full` does not run in this version; use `lora`")
         if self.model.source == "tiny" and self.model.revision is not None:
@@ -235,9 +248,11 @@ class RunConfig(Section):
         """The fields that decide what `stage` makes, beyond the outputs of the stages before it."""
         tree = self.model_dump(mode="json")
         wanted: dict[Stage, tuple[str, ...]] = {
-            # The tiny model is made from the seed and depends on the thread count.
-            "fetch": ("model.source", "model.revision")
-            + (("seed", "run.threads") if self.model.source == "tiny" else ()),
+            # The tiny model is made from the seed and depends on the thread count; a source that is
+            # freed is converted at once.
+            "fetch": ("model.source", "model.revision", "model.layout", "model.free_source")
+            + (("seed", "run.threads") if self.model.source == "tiny" else ())
+            + (("model.experts",) if self.model.free_source else ()),
             "descale": ("model.experts", "model.softmax_scale"),
             "verify": (),
             "preprocess": ("data",),
@@ -265,11 +280,7 @@ class RunConfig(Section):
             start: what a relative path is relative to.
         """
         source = self.model.source
-        if source == "tiny":
-            return None
-        path = expand_home(source)
-        looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
-        return path if looks_local or (start / path).is_dir() else None
+        return None if source == "tiny" else local_directory(source, start)
 
 
 def _line_of(root: yaml.Node | None, location: tuple[int | str, ...]) -> int | None:
@@ -418,6 +429,18 @@ def dump(config: RunConfig) -> str:
 def expand_home(text: str) -> Path:
     """A path; a leading `~/` is the home directory. `~name` stays: it may be a file's name."""
     return Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
+
+
+def local_directory(source: str, start: Path = Path()) -> Path | None:
+    """The directory that a source names, or None if it is a hub id.
+
+    Args:
+        source: as a person gave it.
+        start: what a relative path is relative to.
+    """
+    path = expand_home(source)
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1
+    return path if looks_local or (start / path).is_dir() else None
 
 
 def json_schema(model: type[RunConfig] = RunConfig, title: str = "ms4 configuration") -> str:

@@ -28,6 +28,8 @@ from ms4.config import RunConfig, Target
 from ms4.device import GIB, DeviceKind, find_device
 from ms4.errors import Ms4Error
 from ms4.manifest import read_manifest, write_manifest
+from ms4.weights import layouts
+from ms4.weights.schedule import as_published
 from ms4.weights.shards import table_bytes
 
 PLAN = Path("results/plan.json")
@@ -97,6 +99,7 @@ def total_steps(config: RunConfig, bins: int) -> int:
 # A search for what would fit plans the same model some hundred times.
 _tensors = lru_cache(maxsize=16)(spec.tensors)
 _parameters = lru_cache(maxsize=16)(spec.parameters_by_role)
+_freed_peak = lru_cache(maxsize=16)(lambda dims, to: as_published(dims, to, free=True).peak())
 _source_bytes = lru_cache(maxsize=16)(lambda dims: table_bytes(spec.disk_tensors(dims)))
 
 
@@ -227,7 +230,11 @@ def plan(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind) -> Plan:
         count for role, count in _parameters(dims).items() if role != "experts"
     )
     # Two checkpoints are kept while a third is written: adapter and two moments, FP32.
-    disk = _source_bytes(dims) + base_disk + 3 * 12 * trained + 4 * trained
+    written = base_disk + 3 * 12 * trained + 4 * trained
+    if config.model.free_source:  # shards come and go before anything is trained
+        disk = max(_freed_peak(dims, config.model.experts), written)
+    else:
+        disk = _source_bytes(dims) + written
     # Beside the libraries: the base's largest piece and a checkpoint, each on its way.
     piece = max(base_disk // dims.layers, 4 * dims.vocabulary * dims.hidden)
     host = CUDA_HOST_BYTES + piece + 12 * trained if kind == "cuda" else sum(components.values())
@@ -384,7 +391,8 @@ def run_stage(config: RunConfig) -> None:
     """
     data_path, source_path = Path("results/data.json"), Path("weights/source.json")
     data = read_manifest(data_path, "preprocess")["train"]
-    dims = spec.read_dimensions(Path(read_manifest(source_path, "fetch")["directory"]))
+    source = read_manifest(source_path, "fetch")
+    dims = layouts.read_dimensions(Path(source["directory"]), source.get("layout", "hf"))
     device = find_device(config)
     configured = config.run.memory_gib
     budget = int(configured * GIB) if configured is not None else device.free

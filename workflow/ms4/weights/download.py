@@ -5,17 +5,16 @@ itself is done here: its own writes to a file of random name and starts from zer
 which for these shards loses up to 49 GB.
 
 A partial file is named after its content (`NAME.HASH.part`), so that a piece of one commit is
-never glued to a piece of another. `Repository.fetch` shares nothing between files but the meter,
-which is safe to share between threads.
+never glued to a piece of another. Several threads may fetch from one `Repository`: they share the
+meter, and how long the hub asked to be left alone.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,23 +38,14 @@ import ms4
 from ms4 import manifest
 from ms4.errors import Ms4Error
 from ms4.weights.meter import Meter, gigabytes, say
-
-PAUSES_S = (0.5, 1.0, 2.0)
-"""Seconds before each further try after a failure that may pass."""
-PATIENCE_S = 20.0
-"""No further try that could end more than so many seconds after the first of a row of failures."""
-PROGRESS = 1 << 18
-"""Bytes that must come for a row of failures to be over: a trickle is no progress."""
-MAX_WAITS = 3
-"""How many times in a row the hub may ask for a wait (429 with Retry-After)."""
-MAX_WAIT_S = 300.0
-"""Seconds; a longer wait than this that the hub asks for is an error."""
+from ms4.weights.patience import Gate, Halted, Passing, Patience
+from ms4.weights.shards import writable
+from ms4.weights.sources import Words
 
 _BLOCK = 1 << 22
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
-_GO_ON = "What was fetched is kept: the same command goes on from there."
 _LOG_IN = "set HF_TOKEN or run `hf auth login`"
 
 
@@ -109,6 +99,7 @@ class Snapshot:
 
     commit: str
     files: dict[str, RepoSibling]
+    words: Words
 
     def file(self, name: str) -> RemoteFile:
         """What the hub says of the file `name`, which is one of `files`.
@@ -122,73 +113,23 @@ class Snapshot:
         # The digest becomes part of a file name: it must be nothing but digits.
         if not isinstance(size, int) or size < 0 or not _DIGEST.fullmatch(str(digest)):
             raise Ms4Error(
-                f"model.source: the hub gives no size or no hash for {name}, so that it could not "
-                "be checked; use another hub (HF_ENDPOINT) or a local directory."
+                f"{self.words.source}: the hub gives no size or no hash for {name}, so that it "
+                "could not be checked; use another hub (HF_ENDPOINT) or a local directory."
             )
         return RemoteFile(name, size, str(digest))
-
-
-class _Passing(Exception):
-    """A failure that may be gone at the next try."""
-
-    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class _Patience:
-    """Bounds a row of failed tries for one file, in number and in time."""
-
-    def __init__(self) -> None:
-        self._failures = self._waits = 0
-        self._first_s: float | None = None
-        self._mark = 0
-
-    def reached(self, size: int) -> None:
-        """The partial file has `size` bytes: with enough more than ever before, a row is over."""
-        if size >= self._mark + PROGRESS:
-            self._mark = size
-            self._failures = self._waits = 0
-            self._first_s = None
-
-    def wait(self, failure: _Passing) -> None:
-        """Sleep before the next try, or raise Ms4Error if there should be none."""
-        wait_s = failure.retry_after_s
-        if wait_s is not None:
-            if wait_s > MAX_WAIT_S or self._waits == MAX_WAITS:
-                raise Ms4Error(
-                    f"{failure}, and asks to wait {wait_s:.0f} s more. Run again later. {_GO_ON}"
-                ) from failure
-            self._waits += 1
-            say(f"{failure}; waiting {wait_s:.0f} s, as it asks")
-            time.sleep(wait_s)
-            return
-        if self._first_s is None:
-            self._first_s = time.monotonic()
-        ends_s = time.monotonic() - self._first_s + constants.HF_HUB_DOWNLOAD_TIMEOUT
-        if self._failures == len(PAUSES_S) or ends_s > PATIENCE_S:
-            raise Ms4Error(f"{failure} ({self._failures + 1} tries). {_GO_ON}") from failure
-        time.sleep(PAUSES_S[self._failures])
-        self._failures += 1
-
-
-@contextmanager
-def disk(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing or reading `path` into an Ms4Error."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise Ms4Error(f"{path}: the disk is full. Free some space. {_GO_ON}") from error
-        raise Ms4Error(
-            f"{path}: cannot be written or read ({error.strerror}). Mend that and run again."
-        ) from error
 
 
 class _Partial:
     """An open partial file, and the running hashes of what it holds."""
 
-    def __init__(self, stream: BinaryIO, path: Path, remote: RemoteFile, meter: Meter) -> None:
+    def __init__(
+        self,
+        stream: BinaryIO,
+        path: Path,
+        remote: RemoteFile,
+        meter: Meter,
+        halt: threading.Event,
+    ) -> None:
         self._stream, self._path, self._remote, self._meter = stream, path, remote, meter
         self.size = os.fstat(stream.fileno()).st_size
         self.hashes = remote.hashes()
@@ -199,12 +140,14 @@ class _Partial:
         stream.seek(0)
         left = self.size
         while block := stream.read(min(_BLOCK, left)):
+            if halt.is_set():
+                raise Halted
             self.hashes.update(block)
             left -= len(block)
 
     def restart(self) -> None:
         """Throw away what is there."""
-        with disk(self._path):
+        with writable(self._path):
             self._stream.truncate(0)
         self._meter.add(-self.size)
         self.size = 0
@@ -213,7 +156,7 @@ class _Partial:
     def append(self, block: bytes) -> None:
         """Write `block` through to the system, so that a kill of this process loses none of it."""
         left = memoryview(block)
-        with disk(self._path):
+        with writable(self._path):
             while left:
                 left = left[self._stream.write(left) :]
         self.size += len(block)
@@ -225,8 +168,7 @@ class _Partial:
         self._path.unlink(missing_ok=True)
         return Ms4Error(
             f"{self._remote.name}: {how}; the partial file was removed. Run the same command again;"
-            " if this comes back, something between here and the hub alters files (model.source, "
-            "HF_ENDPOINT)."
+            " if this comes back, something between here and the hub (HF_ENDPOINT) alters files."
         )
 
 
@@ -240,13 +182,11 @@ class Repository:
 
     The address is HF_ENDPOINT or huggingface_hub's own; the token, if any, is what
     huggingface_hub finds in the environment or its store. It is kept in memory only.
-
-    Raises:
-        Ms4Error: the address or the token cannot be one.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, words: Words | None = None) -> None:
+        """Raises Ms4Error if the address or the token cannot be one."""
+        self.name, self._words, self._gate = name, words or Words(), Gate()
         self._endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         try:
             address = httpx2.URL(self._endpoint)
@@ -275,9 +215,11 @@ class Repository:
         Raises:
             Ms4Error: no such repository or revision, no access, or the hub does not answer.
         """
-        patience = _Patience()
+        halt = threading.Event()  # never set: nothing runs beside it
+        patience = Patience(self._gate, halt)
         api = HfApi(self._endpoint, library_name="ms4", library_version=ms4.__version__)
         while True:
+            self._gate.wait(halt)
             try:
                 with self._explained("the list of files", revision):
                     info = api.model_info(
@@ -287,46 +229,57 @@ class Repository:
                         files_metadata=True,
                     )
                 break
-            except _Passing as failure:
+            except Passing as failure:
                 patience.wait(failure)
             except HFValidationError as error:
                 raise Ms4Error(
-                    f"model.source: {self.name} is neither a directory here nor a hub id "
+                    f"{self._words.source}: {self.name} is neither a directory here nor a hub id "
                     "(owner/name)."
                 ) from error
             except (KeyError, TypeError, ValueError) as error:
                 raise self._no_hub() from error
         if info.sha is None or not _COMMIT.fullmatch(info.sha) or info.siblings is None:
             raise self._no_hub()
-        return Snapshot(info.sha, {sibling.rfilename: sibling for sibling in info.siblings})
+        siblings = {sibling.rfilename: sibling for sibling in info.siblings}
+        return Snapshot(info.sha, siblings, self._words)
 
-    def fetch(self, file: RemoteFile, commit: str, directory: Path, meter: Meter) -> str:
+    def fetch(
+        self, file: RemoteFile, commit: str, directory: Path, meter: Meter, halt: threading.Event
+    ) -> str:
         """Bring `file` whole into `directory`, going on with its partial file; its SHA-256.
 
         Raises:
             Ms4Error: the hub refuses, fails or stalls, or what came is not what it announced.
+            Halted: `halt` was set.
         """
         path, part = directory / file.name, file.partial(directory)
         url = hf_hub_url(self.name, file.name, revision=commit, endpoint=self._endpoint)
-        patience = _Patience()
-        with disk(part):
+        patience = Patience(self._gate, halt)
+        with writable(part):
             stream = part.open("a+b", buffering=0)
         with stream:
-            with disk(part):
-                partial = _Partial(stream, part, file, meter)
+            with writable(part):
+                partial = _Partial(stream, part, file, meter, halt)
             while partial.size < file.size:
+                self._gate.wait(halt)
                 try:
-                    self._stream(url, file, commit, partial, patience)
-                except _Passing as failure:
+                    self._stream(url, file, commit, partial, patience, halt)
+                except Passing as failure:
                     patience.wait(failure)
             if (digest := partial.hashes.digest()) != file.digest:
                 raise partial.differs(f"its content has the hash {digest} instead of {file.digest}")
-        with disk(path):
+        with writable(path):
             manifest.commit_file(part, path)
         return partial.hashes.sha256()
 
     def _stream(
-        self, url: str, file: RemoteFile, commit: str, partial: _Partial, patience: _Patience
+        self,
+        url: str,
+        file: RemoteFile,
+        commit: str,
+        partial: _Partial,
+        patience: Patience,
+        halt: threading.Event,
     ) -> None:
         """One request for the rest of `file`."""
         # A compressed answer could not be gone on with in the middle.
@@ -344,16 +297,18 @@ class Repository:
             hf_raise_for_status(response)
             _align(response, file, partial)
             for block in response.iter_bytes():
+                if halt.is_set():
+                    raise Halted
                 partial.append(block)
                 if partial.size > file.size:
                     raise partial.differs(f"the hub sent more than its {file.size} bytes")
                 patience.reached(partial.size)
             if partial.size < file.size:
-                raise _Passing(f"{_place(response.url)} ended {file.name} before its end")
+                raise Passing(f"{_place(response.url)} ended {file.name} before its end")
 
     @contextmanager
     def _explained(self, what: str, revision: str | None) -> Iterator[None]:
-        """Turn a failed request for `what` into a _Passing or an Ms4Error.
+        """Turn a failed request for `what` into a Passing or an Ms4Error.
 
         What the server wrote into its answer is never repeated: it may hold the token.
         """
@@ -363,16 +318,16 @@ class Repository:
             raise self._refusal(error, what, revision) from error
         except httpx2.TimeoutException as error:
             seconds = constants.HF_HUB_DOWNLOAD_TIMEOUT
-            raise _Passing(
+            raise Passing(
                 f"{self.host} did not answer for {seconds} s when asked for {what}"
             ) from error
         except httpx2.ConnectError as error:
-            raise _Passing(
+            raise Passing(
                 f"{self.host} cannot be reached ({error}): check the network, the proxy and "
                 "HF_ENDPOINT"
             ) from error
         except (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError) as error:
-            raise _Passing(f"{self.host} broke the connection in {what}") from error
+            raise Passing(f"{self.host} broke the connection in {what}") from error
         except (httpx2.RequestError, httpx2.InvalidURL) as error:
             raise Ms4Error(
                 f"{self.host}: {what} cannot be fetched ({type(error).__name__}); check HF_ENDPOINT"
@@ -384,29 +339,29 @@ class Repository:
         status, host = error.response.status_code, _place(error.response.url)
         name, token = self.name, _LOG_IN
         if status == 429:
-            return _Passing(
+            return Passing(
                 f"{host} limits the rate of requests (429)", _retry_after(error.response)
             )
         if status == 408 or status >= 500:
-            return _Passing(f"{host} answered {status} when asked for {what}")
+            return Passing(f"{host} answered {status} when asked for {what}")
         if isinstance(error, GatedRepoError):
             return Ms4Error(
-                f"model.source: {name} is gated ({status}): accept its terms on "
+                f"{self._words.source}: {name} is gated ({status}): accept its terms on "
                 f"{self.host}/{name}, then give a token of that account: {token}."
             )
         if isinstance(error, RevisionNotFoundError):
             return Ms4Error(
-                f"model.revision: {name} has no revision {revision}; name a branch, a tag or a "
-                "commit that it has, or leave it out for the main branch."
+                f"{self._words.revision}: {name} has no revision {revision}; name a branch, a tag "
+                "or a commit that it has, or leave it out for the main branch."
             )
         if isinstance(error, RemoteEntryNotFoundError):
             return Ms4Error(
-                f"model.source: {name} lists {what}, but {host} does not have it (404) at "
-                f"{revision}. Run again later, or name another commit in model.revision."
+                f"{self._words.source}: {name} lists {what}, but {host} does not have it (404) at "
+                f"{revision}. Run again later, or name another commit ({self._words.revision})."
             )
         if host != self.host:
             # Storage that the hub redirects to: its signed addresses expire, a new one is due.
-            return _Passing(f"{host}, to which {self.host} refers, answered {status} for {what}")
+            return Passing(f"{host}, to which {self.host} refers, answered {status} for {what}")
         if isinstance(error, RepositoryNotFoundError) or status == 404:
             access = (
                 "the token that is set does not reach it"
@@ -414,18 +369,18 @@ class Repository:
                 else f"it is private: then {token}"
             )
             return Ms4Error(
-                f"model.source: {host} has no repository {name} ({status}), or {access}. Check the "
-                "spelling."
+                f"{self._words.source}: {host} has no repository {name} ({status}), or {access}. "
+                "Check the spelling."
             )
         if status in (401, 403):
             fault = "refuses the token that is set" if self._has_token else "asks for a token"
             return Ms4Error(
-                f"model.source: {host} {fault} ({status}) for {name}. Give one that may read it: "
-                f"{token}."
+                f"{self._words.source}: {host} {fault} ({status}) for {name}. Give one that may "
+                f"read it: {token}."
             )
         return Ms4Error(
-            f"model.source: {host} answered {status} when asked for {what} of {name}; check "
-            "HF_ENDPOINT and model.source."
+            f"{self._words.source}: {host} answered {status} when asked for {what} of {name}; "
+            f"check that and HF_ENDPOINT."
         )
 
     def _no_hub(self) -> Ms4Error:
@@ -442,7 +397,7 @@ def _align(response: httpx2.Response, file: RemoteFile, partial: _Partial) -> No
         found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if found is None or int(found[1]) != partial.size:
             partial.restart()
-            raise _Passing(f"{_place(response.url)} sent another part of {file.name} than asked")
+            raise Passing(f"{_place(response.url)} sent another part of {file.name} than asked")
         total = found[2] if found[2] != "*" else None
     elif response.status_code == 200:
         if partial.size:
@@ -450,7 +405,7 @@ def _align(response: httpx2.Response, file: RemoteFile, partial: _Partial) -> No
         if "Content-Encoding" in response.headers:
             total = None
     else:
-        raise _Passing(f"{_place(response.url)} answered {response.status_code} for {file.name}")
+        raise Passing(f"{_place(response.url)} answered {response.status_code} for {file.name}")
     if total is not None and total.isdecimal() and int(total) != file.size:
         raise partial.differs(f"the hub sends {total} bytes instead of {file.size}")
 

@@ -8,6 +8,7 @@ file that belong to one place of the HF tensor and have one scale.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ import numpy.typing as npt
 
 from ms4 import spec
 from ms4.errors import Ms4Error
-from ms4.manifest import read_json
 from ms4.weights import configs
 from ms4.weights.shards import ITEM_BYTES, Bytes, Entry, Reader, read_header, readable
 
@@ -64,8 +64,7 @@ def shard_names(path: Path) -> dict[str, str]:
     Raises:
         Ms4Error: it is no index, or names something else than safetensors files beside it.
     """
-    index = read_json(path)
-    files = index.get("weight_map") if isinstance(index, dict) else None
+    files = _read_object(path).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise Ms4Error(f"{path}: has no weight_map; it is not the index of a checkpoint.")
     # A name is opened, and written when it comes from a hub: it must not lead out of the directory,
@@ -77,6 +76,22 @@ def shard_names(path: Path) -> dict[str, str]:
             "are accepted. Use another source."
         )
     return dict(files)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():  # a pipe, say, would never end
+        raise Ms4Error(f"{path}: cannot be read (no such file).")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Ms4Error(f"{path}: cannot be read ({error.strerror}).") from error
+    except (ValueError, RecursionError) as error:
+        raise Ms4Error(
+            f"{path}: is not valid JSON; the source is damaged. Fetch it again, or use another."
+        ) from error
+    if not isinstance(value, dict):
+        raise Ms4Error(f"{path}: does not hold a JSON object; the source is damaged.")
+    return value
 
 
 def _plain(name: Any) -> bool:
@@ -111,13 +126,22 @@ def read_settings(directory: Path, layout: Layout) -> dict[str, Any]:
         Ms4Error: it is missing, unreadable or of another model.
     """
     path = directory / SETTINGS[layout]
-    if not path.is_file():  # a pipe, say, would never end
-        raise Ms4Error(f"{path}: cannot be read (no such file).")
-    settings = read_json(path)
-    made = configs.from_params(settings, str(path)) if layout == "native" else dict(settings)
+    settings = _read_object(path)
+    made = configs.from_params(settings, str(path)) if layout == "native" else settings
     _check_sizes(spec.dimensions_from_config(made, str(path)), str(path), layout)
     configs.check_rotary(made, str(path))
     return made
+
+
+def read_dimensions(directory: Path, layout: Layout | None = None) -> spec.Dimensions:
+    """The dimensions of the checkpoint in a directory, in the layout that it holds or in this one.
+
+    Raises:
+        Ms4Error: its settings are missing, unreadable or of another model.
+    """
+    layout = layout or find_layout(directory)
+    where = str(directory / SETTINGS[layout])
+    return spec.dimensions_from_config(read_settings(directory, layout), where)
 
 
 def _check_sizes(dims: spec.Dimensions, where: str, layout: Layout) -> None:

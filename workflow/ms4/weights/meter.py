@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -34,17 +33,13 @@ def gigabytes(size: int) -> str:
     return f"{size} bytes"
 
 
-class Meter:
-    """Progress over bytes: a bar on a terminal, a plain line now and then elsewhere."""
+class Display:
+    """Where meters show how far they are. A context: on a terminal its bars stand together."""
 
-    def __init__(self, label: str, total: int, done: int = 0) -> None:
-        """`total` and `done` are bytes; `done` were there before."""
-        self._label, self._total, self._done, self._before = label, total, done, done
-        self._guard = threading.Lock()
-        self._started = self._said = time.monotonic()
-        self._bar: Progress | None = None
+    def __init__(self) -> None:
+        self.bars: Progress | None = None
         if sys.stderr.isatty():
-            self._bar = Progress(
+            self.bars = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 DownloadColumn(),
@@ -52,21 +47,39 @@ class Meter:
                 TimeRemainingColumn(),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task(label, total=total, completed=done)
 
-    def __enter__(self) -> Meter:
-        if self._bar is not None:
-            self._bar.start()
+    def __enter__(self) -> Display:
+        if self.bars is not None:
+            self.bars.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+    def __exit__(self, *_: object) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+
+
+class Meter:
+    """Progress over bytes: a bar on a terminal, a plain line now and then elsewhere. Threads may
+    share it. A context, unless it stands in a display with others."""
+
+    def __init__(
+        self, label: str, total: int, done: int = 0, display: Display | None = None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        """`total` and `done` are bytes; `done` were there before."""
+        self._label, self._total, self._done, self._before = label, total, done, done
+        self._guard = threading.Lock()
+        self._started = self._said = time.monotonic()
+        self._display = display or Display()
+        self._bars = self._display.bars
+        if self._bars is not None:
+            self._task = self._bars.add_task(label, total=total, completed=done)
+
+    def __enter__(self) -> Meter:
+        self._display.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._display.__exit__()
 
     def add(self, size: int) -> None:
         """Count `size` more bytes; a negative number takes back what must come again."""
@@ -74,8 +87,8 @@ class Meter:
             self._done += size
             if size < 0:
                 self._before = min(self._before, self._done)
-            if self._bar is not None:
-                self._bar.update(self._task, completed=self._done)
+            if self._bars is not None:
+                self._bars.update(self._task, completed=self._done)
                 return
             now = time.monotonic()
             if now - self._said < PLAIN_PERIOD_S:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -49,7 +51,8 @@ def base_table(dims: spec.Dimensions, to: str) -> dict[str, tuple[str, tuple[int
     return table
 
 
-def pieces(dims: spec.Dimensions) -> dict[str, list[spec.Tensor]]:
+@lru_cache(maxsize=8)  # asked for again and again; of the published model it takes 40 ms
+def pieces(dims: spec.Dimensions) -> Mapping[str, Sequence[spec.Tensor]]:
     """The base's files and the parameters in each, in the order in which they are made.
 
     The last norm stands with the last layer: in the published order of names it comes after the
