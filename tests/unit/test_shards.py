@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from ms4.errors import Ms4Error
 from ms4.weights import shards
 from ms4.weights.shards import ITEM_BYTES, Follower, Piece, Reader, read_header, sweep
+from tests.commands import wait_for
 from tests.small_source import Stored, save
 
 TABLE = {
@@ -511,4 +512,4 @@ def test_abandoned_pieces_get_no_name(tmp_path: Path) -> None:
     for piece in pieces:
         piece.discard()
     assert list(tmp_path.iterdir()) == []
-    assert threading.active_count() == before
+    wait_for(lambda: threading.active_count() == before, "the thread's end")

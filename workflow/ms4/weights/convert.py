@@ -37,7 +37,7 @@ from ms4.manifest import (
 from ms4.weights import configs, fp8, nf4
 from ms4.weights.layouts import Segment, Source, native_names, native_scales
 from ms4.weights.meter import Meter, say
-from ms4.weights.shards import Bytes, Piece, Table, sweep, table_bytes, writable
+from ms4.weights.shards import Bytes, Piece, Table, readable, sweep, table_bytes, writable
 from ms4.weights.stream import STRETCH, Task, Work, check_room, make
 from ms4.weights.tables import Storage, piece_table, pieces
 
@@ -457,10 +457,13 @@ def descale_directory(directory: Path, target: Path, to: Storage, softmax_scale:
     Raises:
         Ms4Error: the source is damaged or not this model, or another process writes the target.
     """
-    with Source(directory) as source:
+    with readable(directory):
+        opened = Source(directory)
+    with opened as source:
         used = sorted(set(source.files.values()))
         source.check_here()
-        _check_target(target, directory)
+        with writable(target):
+            _check_target(target, directory)
         # Whole files are hashed when they are fetched; here size and time stamp have to do.
         stats = {name: (directory / name).stat() for name in used}
         identity = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()]

@@ -363,6 +363,7 @@ class Follower:
         self._news = threading.Condition()
         self._error: BaseException | None = None
         self._abandoned = False
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="hash and sync", daemon=True)
         self._thread.start()
 
@@ -384,7 +385,7 @@ class Follower:
             Ms4Error: one of them could not be.
         """
         self._pieces.put(None)
-        self._thread.join()
+        self._ended.wait()
         self.check()
 
     def abandon(self) -> None:
@@ -392,7 +393,8 @@ class Follower:
         self._abandoned = True
         self._tell()
         self._pieces.put(None)
-        self._thread.join()
+        # No `join`: one that an interrupt ended believes from then on that the thread has ended.
+        self._ended.wait()
 
     def _tell(self) -> None:
         with self._news:
@@ -407,6 +409,7 @@ class Follower:
                 self._error = error
             finally:
                 piece.close()
+        self._ended.set()
 
     def _follow(self, piece: Piece) -> None:
         digest, buffer = hashlib.sha256(), bytearray(_BLOCK)
