@@ -2,6 +2,7 @@
 that they code with."""
 
 import json
+import os
 import resource
 import shutil
 from contextlib import contextmanager
@@ -121,6 +122,15 @@ def test_index_and_settings_come_last(source, tmp_path, kind):
     settings = "params.json" if kind == "native" else "config.json"
     assert order[-1] == settings
     assert order[-2].endswith(".index.json")
+
+
+@pytest.mark.parametrize("kind", ["fp8", "native"])
+def test_a_source_that_changes_meanwhile_gives_no_checkpoint(source, tmp_path, kind):
+    with Base(by_hand.based(source)) as base, Source(source) as origin:
+        os.utime(sorted(source.glob("*.safetensors"))[0], ns=(1, 1))
+        with pytest.raises(Ms4Error, match="changed while it was read"):
+            writes(base, origin)[kind](tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.json"))
 
 
 @pytest.mark.parametrize("name", ["config.json", "notes.txt", "model.safetensors"])

@@ -213,7 +213,7 @@ def test_native_to_hf_in_fp8_is_lossy_where_the_scales_differ(native, tmp_path, 
     with Base(by_hand.based(native, to)) as base, Source(native) as origin:
         given = origin if way == "source" else None
         (note,) = writers.write_fp8(base, tmp_path / "out", given).notes
-    assert "6; " in note  # of the 8 experts of two layers
+    assert "native layout: 6; " in note  # of the 8 experts of two layers
     assert "lossy" in note
     assert note in capsys.readouterr().err
     out, stored = by_hand.stored(tmp_path / "out"), by_hand.stored(native)
@@ -350,3 +350,14 @@ def test_bf16_from_fp8_is_exact(source, tmp_path):
     with Base(by_hand.based(source, "fp8")) as base:
         assert writers.write_bf16(base, tmp_path / "out").notes == []
     by_hand.assert_same_tensors(by_hand.stored(tmp_path / "out"), by_hand.bf16_weights(source))
+
+
+def test_what_an_fp8_base_has_lost_already_is_said(native, tmp_path):
+    with Base(by_hand.based(native, "fp8")) as base:
+        written = writers.write_bf16(base, tmp_path / "bf16")
+        again = writers.write_native(base, tmp_path / "back")
+    assert "native layout: 6; " in written.notes[0]
+    assert written.notes == again.notes
+    weights = by_hand.bf16_weights(native.with_name("native-fp8-plain"))
+    by_hand.assert_same_tensors(by_hand.stored(tmp_path / "bf16"), weights)
+    by_hand.assert_same_tensors(by_hand.bf16_weights(tmp_path / "back"), weights)

@@ -119,6 +119,21 @@ class Base:
             )
         return found
 
+    def losses(self) -> list[str]:
+        """What the base lacks of its source's weights, in words; empty if nothing."""
+        if self.to == "nf4":
+            return [f"{self.directory}: its experts have 4 bits: lossy."]
+        again = 0
+        for tensor in self.tensors if self.to == "fp8" and self.layout == "native" else ():
+            if tensor.transform == "stack_gate_up":
+                weights, _ = self.source_scales(tensor)
+                again += sum(w != v for w, v in zip(weights[::2], weights[1::2], strict=True))
+        note = (
+            f"{self.directory}: experts whose gate and up share a scale, which they did not in the "
+            f"native layout: {again}; one of the two was rounded to FP8 again: lossy."
+        )
+        return [note] if again else []
+
     def read_bf16(self, tensor: spec.Tensor, start: int, count: int) -> BF16:
         """A stretch of a parameter as BF16: as stored, FP8 codes × scale, or dequantized NF4.
 

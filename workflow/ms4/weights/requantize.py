@@ -117,18 +117,7 @@ class Requantizer:
         return [max(own) for own in _by_matrix(tensor, self._scales[tensor.disk][1])]
 
     def notes(self) -> list[str]:
-        """What was not exact, once all is written."""
-        if self._base.to == "fp8":
-            again = sum(
-                len(set(own)) > 1
-                for name, (weights, _) in self._scales.items()
-                for own in _by_matrix(self._tensors[name], weights)
-            )
-            text = (
-                "experts whose gate and up share a scale here and not in the native layout: "
-                f"{again}; one of the two was rounded to FP8 again when the base was made: lossy."
-            )
-            return [text] if again else []
+        """What was not exact beyond the base's own loss, once all is written."""
         shared = [key for key in self._errors if self._plans[key].shared]
         changed = [key for key in self._errors if not self._plans[key].shared]
         outgrown = sorted(key for key, plan in self._plans.items() if plan.outgrown)

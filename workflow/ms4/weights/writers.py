@@ -66,8 +66,8 @@ class Written:
 def write_bf16(base: Base, target: Path, limit: int = spec.SHARD_LIMIT) -> Written:
     """Write the HF layout in BF16, which transformers loads as it is.
 
-    Exact from a bf16 base; from an fp8 base every weight is its code × its scale, which is exact
-    too; from an nf4 base the experts are what is left of them in 4 bits.
+    As exact as the base: out of fp8 every weight is its code × its scale; out of nf4 the experts
+    are what is left of them in 4 bits, which is said.
 
     Args:
         base: of any storage.
@@ -80,7 +80,7 @@ def write_bf16(base: Base, target: Path, limit: int = spec.SHARD_LIMIT) -> Writt
     columns: Columns = {
         tensor.disk: (("BF16", tensor.shape), _bf16_of(base, tensor)) for tensor in base.tensors
     }
-    return _write(base.directory, target, "hf", columns, base.config, limit, _from_nf4(base))
+    return _write(base.directory, target, "hf", columns, base.config, limit, base.losses)
 
 
 def write_fp8(
@@ -125,10 +125,11 @@ def write_fp8(
             ),
         }
     config = {**base.config, "quantization_config": configs.fp8_quantization()}
-    written = _write(base.directory, target, "hf", columns, config, limit, coded.notes)
-    if source is not None:
-        source.check_unchanged()
-    return written
+
+    def notes() -> list[str]:
+        return base.losses() + coded.notes()
+
+    return _write(base.directory, target, "hf", columns, config, limit, notes, source)
 
 
 def write_native(origin: Base | Source, target: Path, limit: int = NATIVE_LIMIT) -> Written:
@@ -168,16 +169,14 @@ def write_native(origin: Base | Source, target: Path, limit: int = NATIVE_LIMIT)
     else:
         params = configs.to_params(origin.config, fp8=coded)
     notes = partial(_native_notes, origin)
-    written = _write(origin.directory, target, "native", columns, params, limit, notes)
-    if isinstance(origin, Source):
-        origin.check_unchanged()
-    return written
+    source = origin if isinstance(origin, Source) else None
+    return _write(origin.directory, target, "native", columns, params, limit, notes, source)
 
 
 def _native_notes(origin: Base | Source) -> list[str]:
     if isinstance(origin, Source):
         return []
-    notes = _from_nf4(origin)()
+    notes = origin.losses()
     scale = origin.manifest.get("softmax_scale")
     if scale != "plain":
         notes.append(
@@ -185,11 +184,6 @@ def _native_notes(origin: Base | Source) -> list[str]:
             "what reads the native layout takes 1/sqrt(head)."
         )
     return notes
-
-
-def _from_nf4(base: Base) -> Callable[[], list[str]]:
-    note = f"{base.directory}: its experts are in nf4; what is written has their 4 bits: lossy."
-    return lambda: [note] if base.to == "nf4" else []
 
 
 # What one tensor is filled with.
@@ -271,7 +265,10 @@ def _write(
     settings: Mapping[str, Any],
     limit: int,
     notes: Callable[[], list[str]],
+    source: Source | None = None,
 ) -> Written:
+    """Make the shards, and then, if `source` is what it was, the files that make a checkpoint of
+    them."""
     table = {name: columns[name][0] for name in sorted(columns, key=spec.natural)}
     shards = spec.plan_shards(table, limit)
     files = {
@@ -298,6 +295,8 @@ def _write(
     total = sum(math.prod(shape) for _, shape in table.values())
     with Meter("write", total) as meter:
         make(works(), torch.get_num_threads(), finished, meter)
+    if source is not None:
+        source.check_unchanged()
     weight_map = {name: file for file, names in files.items() for name in names}
     size = sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in table.values())
     beside = [name for name in BESIDE if (origin / name).is_file()]
