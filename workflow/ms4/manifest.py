@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def commit_file(temporary: Path, path: Path) -> None:
     sync_directory(path.parent)
 
 
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file atomically."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        shutil.copyfile(source, temporary)
+        commit_file(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically, making its directory if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +72,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         temporary.write_text(text, encoding="utf-8")
         commit_file(temporary, path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 

@@ -8,7 +8,6 @@ source gives the same bytes, whatever the number of threads and the number of ki
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from ms4.config import RunConfig
 from ms4.errors import Ms4Error
 from ms4.manifest import (
     check_files,
-    commit_file,
+    copy_file,
     file_entry,
     read_json,
     read_manifest,
@@ -287,9 +286,7 @@ def finish(
         write_json(job.target / "config.json", config)
         for name in BESIDE:
             if (job.source.directory / name).is_file():
-                copy = job.target / f".{name}.tmp"
-                shutil.copyfile(job.source.directory / name, copy)
-                commit_file(copy, job.target / name)
+                copy_file(job.source.directory / name, job.target / name)
         beside = [INDEX, "config.json", *(n for n in BESIDE if (job.target / n).is_file())]
         entries += [file_entry(job.target / name, job.target) for name in beside]
         scales: dict[str, list[float]] = {}

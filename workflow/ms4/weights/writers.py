@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ import torch
 
 from ms4 import spec
 from ms4.errors import Ms4Error
-from ms4.manifest import file_entry, read_json, write_json
+from ms4.manifest import copy_file, file_entry, read_json, write_json
 from ms4.weights import configs, fp8
 from ms4.weights.base import Base
 from ms4.weights.convert import BESIDE
@@ -302,7 +301,7 @@ def _write(
     beside = [name for name in BESIDE if (origin / name).is_file()]
     with writable(target):
         for name in beside:
-            shutil.copyfile(origin / name, target / name)
+            copy_file(origin / name, target / name)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_json(target / INDEX[layout], index)
         write_json(target / SETTINGS[layout], settings)
