@@ -33,6 +33,8 @@ NEEDED = sorted(
         *SHARDS,
     ]
 )
+HIDDEN = ("HF_", "HUGGING", "ALL_PROXY", "HTTP", "http", "all_proxy")
+"""Beginnings of the variables that say where a hub is and how it is reached."""
 CREDENTIAL = "hf_TheTokenThatNobodyMaySee"
 WRONG = "hf_wrong"
 
@@ -71,19 +73,24 @@ class Result:
     text: str
 
 
+def environment(home: Path, endpoint: str) -> dict[str, str]:
+    """The variables of a process that fetches from a hub of the tests."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(HIDDEN)}
+    return kept | {
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": endpoint,
+        # The library asks the hub for something unrelated otherwise.
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+
+
 class Project:
     """A project's directory, and `ms4 fetch` in it as a process."""
 
     def __init__(self, directory: Path, endpoint: str) -> None:
         self.directory = directory
         self.source = directory / "weights/source"
-        hidden = ("HF_", "HUGGING", "ALL_PROXY", "HTTP", "http", "all_proxy")
-        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)} | {
-            "HF_HOME": str(directory / "home"),
-            "HF_ENDPOINT": endpoint,
-            # The library asks the hub for something unrelated otherwise.
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
+        self.environment = environment(directory / "home", endpoint)
         directory.mkdir()
         self.configure(REPOSITORY)
 

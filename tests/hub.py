@@ -16,6 +16,7 @@ import re
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,6 +99,12 @@ class Hub:
         self.digests: dict[str, str] = {}
         """File name → hash that the metadata claims instead of the true one."""
         self.url = self.storage_url = ""
+        self.pace: float | None = None
+        """Bytes a second of each connection; None: as fast as may be."""
+        self.served: Counter[str] = Counter()
+        """File name → bytes of its content that were sent."""
+        self.at_once = self.most_at_once = 0
+        """Requests for files that are being answered, and the most that ever were."""
         self._guard = threading.Lock()
         self._cache: dict[tuple[Path, int, int], _Content] = {}
 
@@ -159,6 +166,23 @@ class Hub:
         with self._guard:
             self.requests.append(request)
 
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While a file is sent."""
+        with self._guard:
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            yield
+        finally:
+            with self._guard:
+                self.at_once -= 1
+
+    def sent(self, name: str, size: int) -> None:
+        """Note that so much of a file was sent."""
+        with self._guard:
+            self.served[name] += size
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -191,7 +215,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
                 self._model(found[1], found[2] or "main", parse_qs(parts.query))
             elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-                self._file(found[1], found[2], found[3], fault or Fault(""))
+                with self.hub.answering():
+                    self._file(found[1], found[2], found[3], fault or Fault(""))
             else:
                 self._refuse(404, "")
         except (BrokenPipeError, ConnectionResetError):
@@ -268,9 +293,9 @@ class _Handler(BaseHTTPRequestHandler):
         if large and self.hub.redirect and not self.storage:
             self._answer(302, b"", {**headers, "Location": self.hub.storage_url + self.path})
             return
-        self._send(content.data if fault.body is None else fault.body, headers, fault)
+        self._send(name, content.data if fault.body is None else fault.body, headers, fault)
 
-    def _send(self, data: bytes, headers: dict[str, str], fault: Fault) -> None:
+    def _send(self, name: str, data: bytes, headers: dict[str, str], fault: Fault) -> None:
         status, asked = 200, self.headers.get("Range")
         headers = {**headers, "Accept-Ranges": "bytes"}
         if asked is not None and not fault.ignore_range:
@@ -282,24 +307,39 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
             status, data = 206, data[start : end + 1]
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(data)), **fault.headers}.items():
-            self.send_header(name, value)
+        for key, value in {**headers, "Content-Length": str(len(data)), **fault.headers}.items():
+            self.send_header(key, value)
         self.end_headers()
         if self.command == "HEAD":
             return
         stop = next((n for n in (fault.cut_after, fault.hold_after) if n is not None), len(data))
-        self.wfile.write(data[:stop])
-        self.wfile.flush()
+        self._write(name, data[:stop])
         if fault.cut_after is not None:
             self.close_connection = True
         elif fault.hold_after is not None:
             self.hub.release.wait()
-            self.wfile.write(data[stop:])
+            self._write(name, data[stop:])
+
+    def _write(self, name: str, data: bytes) -> None:
+        pace = self.hub.pace
+        each = len(data) if pace is None else max(1, int(pace / 100))
+        for start in range(0, len(data), max(each, 1)):
+            if pace is not None:
+                time.sleep(0.01)
+            part = data[start : start + each]
+            self.wfile.write(part)
+            self.wfile.flush()
+            self.hub.sent(name, len(part))
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that are gone, as they may be in these tests."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def _start(hub: Hub, *, storage: bool) -> _Server:

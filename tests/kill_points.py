@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -37,7 +37,9 @@ class Point:
     when: Literal["before", "within", "after"]
     """`within` a write: half of it is done."""
     wait_for: Path | None = None
-    """Go on when this file is there; else die by SIGKILL."""
+    """Go on when this file is there, and not die by SIGKILL."""
+    error: int | None = None
+    """Fail with this errno, and not die."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Conditions:
     """Bytes of a file, at most."""
     sync_bytes: int | None = None
     """Written bytes after which a growing file is synced."""
+    environment: Mapping[str, str] | None = None
+    """All of its variables; None: those of the first process that was started."""
     threads: int | None = None
     memory: Path | None = None
     """Where the process writes, in bytes, what it held when it began and the most that it held."""
@@ -121,12 +125,16 @@ def _child(cwd: Path, log: Path, argv: list[str], conditions: Conditions) -> Non
     if conditions.file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python has it from its start
         resource.setrlimit(resource.RLIMIT_FSIZE, (conditions.file_limit, conditions.file_limit))
+    if conditions.environment is not None:
+        os.environ.clear()
+        os.environ.update(conditions.environment)
     if conditions.sync_bytes is not None:
         shards.SYNC_BYTES = conditions.sync_bytes
     if conditions.point is not None or conditions.trace is not None:
         _watch(conditions)
     before = _status_bytes("VmRSS")
     code = main(argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if conditions.memory is not None:
         conditions.memory.write_text(f"{before} {_status_bytes('VmHWM')}")
     sys.exit(code)
@@ -146,6 +154,8 @@ def _watch(conditions: Conditions) -> None:
         trace = os.open(conditions.trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def happen() -> None:
+        if point is not None and point.error is not None:
+            raise OSError(point.error, os.strerror(point.error))
         if point is None or point.wait_for is None:
             os.kill(os.getpid(), signal.SIGKILL)
             return

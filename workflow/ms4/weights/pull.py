@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,8 @@ class Errand:
             Ms4Error: the hub fails, or the file is not what it announced.
             Halted: `halt` was set.
         """
+        if halt.is_set():
+            raise Halted
         commit, directory = self.record.state.commit, self.place.directory
         self.record.vouch(file, self.hub().fetch(file, commit, directory, meter, halt))
         self._brought.add(file.name)
@@ -281,7 +284,7 @@ class Downloads:
         """Fetch this file as soon as a connection is free."""
         self.under_way.add(file.name)
         future = self._pool.submit(self._errand.fetch_one, file, self._meter, self._halt)
-        future.add_done_callback(lambda ended: self._ended.put((file, ended)))
+        future.add_done_callback(partial(self._end, file))
 
     def wait(self) -> None:
         """Wait until one more has ended. If one fails, all stop; `check` says why."""
@@ -302,14 +305,19 @@ class Downloads:
         """Whether one failed."""
         return self._error is not None
 
+    def _end(self, file: RemoteFile, ended: Future[None]) -> None:
+        """In the thread that fetched it: no other file is begun after a failure."""
+        if not ended.cancelled() and ended.exception() is not None:
+            self._halt.set()
+        self._ended.put((file, ended))
+
     def _note(self, file: RemoteFile, ended: Future[None]) -> None:
         self.under_way.discard(file.name)
         error = ended.exception()
         if error is None:
             self.come.add(file.name)
-        elif not isinstance(error, Halted) and self._error is None:
+        elif self._error is None and not isinstance(error, Halted):
             self._error = error
-            self._halt.set()
 
 
 @dataclass(frozen=True)
