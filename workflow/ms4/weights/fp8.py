@@ -17,6 +17,9 @@ FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
 CHUNK = 1 << 21
 """Codes that are looked up at once: what comes and goes stays in the cache."""
+TABLES = 32
+"""Tables of a scale, up to 256 KiB each, that are kept: some for each thread that converts. They
+lie between what comes and goes: 256 of them let the memory grow by 7 MB a layer."""
 
 Codes = npt.NDArray[np.uint8]
 """FP8 codes as bytes, in one dimension."""
@@ -73,7 +76,7 @@ def descale_codes(codes: Codes, scale: float, out: npt.NDArray[np.uint16]) -> No
     np.take(_pair_table(scale), pairs, out=values, mode="wrap")
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=TABLES)
 def _pair_table(scale: float) -> npt.NDArray[np.uint32]:
     """The BF16 products of each two codes by the 16 bits of the two, the first in the low byte."""
     codes = torch.arange(256, dtype=torch.uint8).view(FP8)
@@ -95,7 +98,7 @@ def encode(values: npt.NDArray[np.uint16], scale: float) -> Codes:
     return np.take(_code_table(scale), values)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=TABLES)
 def _code_table(scale: float) -> Codes:
     values = torch.from_numpy(np.arange(1 << 16, dtype=np.uint16).view(np.int16))
     shares = values.view(torch.bfloat16).float() / scale
