@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,16 @@ def bf16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint16]]:
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
+def load(path: Path) -> dict[str, Stored]:
+    """The tensors of a file, by safetensors' own reader."""
+    return {
+        name: Stored(
+            tensor["dtype"], tuple(tensor["shape"]), np.frombuffer(tensor["data"], np.uint8).copy()
+        )
+        for name, tensor in safetensors.deserialize(path.read_bytes())
+    }
+
+
 def write(
     directory: Path,
     layout: layouts.Layout = "hf",
@@ -118,6 +128,11 @@ def write_index(directory: Path, layout: layouts.Layout, weight_map: Mapping[str
     (directory / layouts.INDEX[layout]).write_text(json.dumps({"weight_map": weight_map}))
 
 
-def shards_of(directory: Path) -> Iterator[Path]:
+def shards_of(directory: Path) -> list[Path]:
     """The files of weights."""
-    yield from sorted(directory.glob("*-of-*.safetensors"))
+    return sorted(directory.glob("*-of-*.safetensors"))
+
+
+def shard_of(directory: Path, name: str) -> Path:
+    """The file that holds a tensor."""
+    return next(path for path in shards_of(directory) if name in load(path))
