@@ -293,7 +293,7 @@ def test_real_text(checkpoint, tmp_path):
     """GSM8K, a part of what benchmarks/gsm8k.py measures: to the end, and the loss falls."""
     sys.path.insert(0, str(CHECKOUT / "benchmarks"))
     try:
-        from gsm8k import change, convert
+        from gsm8k import answers, convert
     finally:
         sys.path.pop(0)
     root = make_project(tmp_path / "project", str(checkpoint))
@@ -302,7 +302,7 @@ def test_real_text(checkpoint, tmp_path):
     convert(data / "test.jsonl", root / "test.jsonl", 6)
     path = root / "config/config.yaml"
     values = config.load(path).model_dump(mode="json")
-    change(values)
+    answers(values, root, str(checkpoint))
     values["train"] |= {"epochs": 1, "steps": None}
     values["evaluate"]["max_new_tokens"] = 8
     path.write_text(yaml.safe_dump(values))
