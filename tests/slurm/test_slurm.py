@@ -25,11 +25,10 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 Start = Callable[..., "subprocess.Popen[str]"]
 Edit = Callable[[Path, Callable[[dict[str, Any]], object]], None]
 
-# The profile as it is, but the first look at a job after 6 s instead of 40 s: a job is over by
-# then, and the second look is 10 s later.
+# The profile as it is, but the first look at a job after 1 s instead of 40 s.
 SNAKEMAKE = (
     *(sys.executable, "-m", "snakemake", "--profile", "slurm"),
-    *("--slurm-init-seconds-before-status-checks", "6", "--latency-wait", "10"),
+    *("--slurm-init-seconds-before-status-checks", "1", "--latency-wait", "10"),
 )
 
 
@@ -165,7 +164,7 @@ def resume(start: Start, root: Path) -> tuple[subprocess.Popen[str], Path]:
 def quick_status_checks(root: Path) -> None:
     """For `ms4 resume`, which passes no options on: the same delay as above, in the profile."""
     with (root / "profiles/slurm/config.yaml").open("a") as profile:
-        profile.write("slurm-init-seconds-before-status-checks: 6\n")
+        profile.write("slurm-init-seconds-before-status-checks: 1\n")
 
 
 def test_resume_waits_for_the_job_that_lives_on(toy: Path, start: Start) -> None:
