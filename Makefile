@@ -26,7 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/ms4-wizard --answers examples/answers.yaml demo
-	cd demo && ../$(BIN)/snakemake --profile local
+	@# `snakemake --profile local`, after what a killed one may have left there
+	$(BIN)/ms4 resume demo
 	cd demo && ../$(BIN)/ms4 summary
 
 # The tests of Slurm skip where no controller answers, but not where CI is set: see .ci/run.

@@ -16,9 +16,12 @@ def run(
     *command: str | Path,
     cwd: Path,
     env: Mapping[str, str] | None = None,
-    timeout: float = 300,
+    timeout: float = 800,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command; standard error is joined to the output. It may fail."""
+    """Run a command; standard error is joined to the output. It may fail.
+
+    The timeout ends what hangs; it is far above what anything takes, also on a busy machine.
+    """
     return subprocess.run(
         [str(part) for part in command],
         cwd=cwd,
@@ -33,10 +36,13 @@ def run(
 
 
 def snakemake(
-    *options: str | Path, cwd: Path, env: Mapping[str, str] | None = None
+    *options: str | Path,
+    cwd: Path,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 800,
 ) -> subprocess.CompletedProcess[str]:
     """Run Snakemake."""
-    return run(sys.executable, "-m", "snakemake", *options, cwd=cwd, env=env)
+    return run(sys.executable, "-m", "snakemake", *options, cwd=cwd, env=env, timeout=timeout)
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,14 @@ async def go_to(pilot: Pilot[Any], key: str) -> None:
         await pilot.press("ctrl+n")
         await pilot.pause()
         assert pilot.app.screen is not before, "Next did not go on"
+
+
+async def until(pilot: Pilot[Any], condition: Callable[[], object]) -> None:
+    """Let the app work until a condition holds."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "the screen does not come to rest"
+        await pilot.pause()
 
 
 def answer(pilot: Pilot[Any], field: str) -> Answer:
@@ -434,11 +443,16 @@ def test_snapshot(place: Path, snap_compare: Any, key: str) -> None:
     app = app_of(values, opened=key == "review")
 
     async def before(pilot: Pilot[Any]) -> None:
+        await pilot.app.workers.wait_for_complete()  # else it still looks at the machine
         if key != "review":
             await go_to(pilot, key)
-        await pilot.pause()
-        # A cursor that blinks is there or not.
-        pilot.app.screen.query_one("#next, #write", Button).focus()
-        await pilot.pause()
+        screen = pilot.app.screen
+        # A cursor that blinks is there or not, so the focus leaves the control that a new screen
+        # gives it to. Giving and leaving are messages, which a pause does not always outlast.
+        await until(pilot, lambda: screen.focused is not None and screen.focused.has_focus)
+        first = screen.focused
+        button = screen.query_one("#next, #write", Button)
+        button.focus()
+        await until(pilot, lambda: button.has_focus and (first is button or not first.has_focus))
 
     assert snap_compare(app, terminal_size=(80, 24), run_before=before)

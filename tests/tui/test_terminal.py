@@ -81,6 +81,8 @@ def test_screens_to_a_project(place: Path, terminal: Terminal) -> None:
     terminal.wait_for("1 of 9")
     terminal.wait_for("at its fullest")  # it has looked at the machine, and listens
     terminal.press("C-u")
+    # The key that clears is a binding, as Tab is: what is typed at once could be cleared with it.
+    terminal.wait_for("should have at least 1 character")
     terminal.type("tiny")
     terminal.tab()
     terminal.type("train.jsonl")

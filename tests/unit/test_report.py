@@ -85,7 +85,9 @@ def project(tmp_path, monkeypatch):
     write(Path("results/verify.json"), "verify", config_hash="2")
     train = {"samples": 4000, "documents": 4000, "tokens": 190_000, "trained_tokens": 60_000,
              "dropped": 0, "bins": 760, "fill": 0.976, "longest": 71,
-             "by_effort": {"none": 2000, "high": 2000}}  # fmt: skip
+             "by_effort": {"none": {"samples": 2100, "tokens": 70_000, "trained_tokens": 12_345},
+                           "high": {"samples": 1900, "tokens": 120_000, "trained_tokens": 47_655}},
+             }  # fmt: skip
     test = {name: {"samples": 100, "tokens": 4800} for name in ("seal", "chat")}
     write(Path("results/data.json"), "preprocess", config_hash="3", train=train, test=test)
     parts = {"routed experts (nf4)": 0.0004, "process": 0.5, "layer activations": 0.03}
@@ -187,6 +189,7 @@ def test_report(project):
     for words in (
         "attention", "313,344", "7.210 → 0.006", "1 min 6 s", "8.040", "99.0 %", "–",
         "Training was resumed 2 times", "522.2 MiB (96 % of the plan)", "97.6 %", "190,000",
+        "effort none: trained tokens", "12,345", "effort high: samples", "1,900",
         "source: tiny", "Verdict: pass", "expected", "not well formed",
     ):  # fmt: skip
         assert words in page.words, words

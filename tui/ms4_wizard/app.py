@@ -38,7 +38,12 @@ class WizardApp(App[list[str]]):
 
     def _look_at_the_machine(self) -> None:
         costs.look_at_the_machine()
-        self.call_from_thread(lambda: self.screen.query_one(PlanPanel).show(self.flow.cost()))
+        self.call_from_thread(self._show_the_plan)
+
+    def _show_the_plan(self) -> None:
+        # The answer may be there before the screen is: that will find the machine known.
+        for panel in self.screen.query(PlanPanel):
+            panel.show(self.flow.cost())
 
     @on(Go)
     def _go(self, event: Go) -> None:

@@ -141,7 +141,7 @@ def _readme(answers: Answers) -> str:
     length = (
         f"{train.steps} steps"
         if train.steps is not None
-        else f"{train.epochs:g} pass(es) over the data"
+        else f"{train.epochs:g} {'pass' if train.epochs == 1 else 'passes'} over the data"
     )
     rows = {
         "method": f"{answers.method}, experts in {answers.model.experts}",
@@ -166,7 +166,7 @@ Written by `ms4-wizard`, ms4 {ms4.__version__}. All of it may be edited and comm
 ```sh
 snakemake --profile {profile} -n    # what would run
 snakemake --profile {profile}       # from the weights to the report
-ms4 summary                    # untuned against tuned, and where the report is
+ms4 summary                     # untuned against tuned, and where the report is
 ```
 
 {start} Whatever breaks, the same command goes on from where it was. If Snakemake itself was \

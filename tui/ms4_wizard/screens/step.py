@@ -50,6 +50,9 @@ class StepScreen(Screen[None]):
     def on_screen_resume(self) -> None:
         """Another screen may have changed what this one shows: the plan, what is asked."""
         self._refresh()
+        # Giving the first control the focus scrolled to it before there was a layout, and its
+        # question out of sight.
+        self.call_after_refresh(self.query_one("#questions").scroll_home, animate=False)
 
     @on(Answer.Changed)
     def _changed(self, event: Answer.Changed) -> None:

@@ -173,7 +173,11 @@ def _data(run: Run) -> str:
     rows = [[name, f"{train[key]:,}"] for key, name in names.items() if key in train]
     if "fill" in train:
         rows.append(["fill of the packed sequences", percent(train["fill"])])
-    rows += [[f"effort {key}", str(value)] for key, value in train.get("by_effort", {}).items()]
+    rows += [
+        [f"effort {effort}: {key.replace('_', ' ')}", f"{count:,}"]
+        for effort, counts in train.get("by_effort", {}).items()
+        for key, count in counts.items()
+    ]
     held_out = [
         [name, *(f"{values[key]:,}" for key in ("samples", "tokens"))]
         for name, values in data["test"].items()
