@@ -143,6 +143,7 @@ class Requantizer:
         return notes
 
     def _error(self, matrices: Sequence[tuple[str, int]]) -> float:
+        """Norm-wise, of those of their native matrices that are not exact."""
         squares = np.sum([self._errors[key] for key in matrices], axis=0)
         return float(np.sqrt(squares[0] / squares[1]))
 
@@ -190,19 +191,19 @@ class Requantizer:
         each = tensor.numel // _matrices(tensor) // len(own)
         error, norm = 0.0, 0.0
         for number, scale in enumerate(own):
+            exact = plan.untouched[number] and scale == plan.scale
             for start, count in _stretches((matrix * len(own) + number) * each, each):
                 bits = self._base.read_bf16(tensor, start, count)
                 if plan.untouched[number]:
                     codes = self._codes(tensor, start, bits, scale)
-                    if scale != plan.scale:
-                        codes = fp8.rescale(codes, scale, plan.scale)
+                    codes = codes if exact else fp8.rescale(codes, scale, plan.scale)
                 else:
                     codes = fp8.encode(bits, plan.scale)
                 piece.write(tensor.disk, start, codes)
-                made, wanted = _products(codes, plan.scale), _numbers(bits)
-                norm += _square(wanted, plan.scale)
-                if not np.array_equal(made, bits):
-                    error += _square(_numbers(made) - wanted, plan.scale)
+                if not exact:
+                    made, wanted = _numbers(_products(codes, plan.scale)), _numbers(bits)
+                    error += _square(made - wanted, plan.scale)
+                    norm += _square(wanted, plan.scale)
         if error:
             self._errors[tensor.disk, matrix] = (error, norm)
 
