@@ -40,7 +40,7 @@ from ms4.errors import Ms4Error
 from ms4.weights.meter import Meter, gigabytes, say
 from ms4.weights.patience import Gate, Halted, Passing, Patience
 from ms4.weights.shards import writable
-from ms4.weights.sources import Words
+from ms4.weights.sources import NO_ENDPOINT, Words
 
 _BLOCK = 1 << 22
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -193,9 +193,7 @@ class Repository:
         except httpx2.InvalidURL:
             address = httpx2.URL("")
         if address.scheme not in ("http", "https") or not address.host:
-            raise Ms4Error(
-                "HF_ENDPOINT: is not the address of a hub; it begins with https:// and holds a host"
-            )
+            raise Ms4Error(NO_ENDPOINT)
         self.host = _place(address)
         self._headers = build_hf_headers(library_name="ms4", library_version=ms4.__version__)
         authorization = self._headers.get("authorization")

@@ -13,6 +13,7 @@ import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import ms4
 from ms4 import lock, manifest
@@ -22,7 +23,7 @@ from ms4.weights import sources
 from ms4.weights.layouts import Layout, find_layout
 from ms4.weights.meter import say
 from ms4.weights.shards import writable
-from ms4.weights.sources import Place, Target, Words
+from ms4.weights.sources import NO_ENDPOINT, Place, Target, Words
 from ms4.weights.tables import Storage
 
 MANIFEST = Path("weights/source.json")
@@ -129,15 +130,18 @@ def fetch_directory(
 def _fetch(
     source: str, revision: str | None, layout: Layout, place: Place, target: Target | None
 ) -> dict[str, Any]:
+    # huggingface_hub reads its variables when it is imported; of an address that it cannot read it
+    # prints parts, a password perhaps.
     try:
-        from ms4.weights import pull  # imports huggingface_hub, which reads its variables then
+        _ = urlsplit(os.environ.get("HF_ENDPOINT", "")).port
     except ValueError as error:
-        # What it says may quote an address with a password in it.
-        names = sorted(name for name in os.environ if name.startswith(("HF_", "HUGGING")))
+        raise Ms4Error(NO_ENDPOINT) from error
+    try:
+        from ms4.weights import pull
+    except ValueError as error:
         raise Ms4Error(
-            f"{', '.join(names)}: one of these variables has a value that cannot be used. "
-            "HF_ENDPOINT is an address that begins with https://, those named …_TIMEOUT are "
-            "seconds."
+            f"a variable that huggingface_hub reads has a value that it cannot use ({error}); "
+            "HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT are whole seconds."
         ) from error
     return pull.fetch(pull.Wanted(source, revision, layout), place, target)
 

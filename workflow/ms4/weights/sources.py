@@ -21,6 +21,7 @@ NEEDED: Mapping[Layout, tuple[str, ...]] = {
 _BESIDE = ("chat_template.jinja", "SYSTEM_PROMPT.txt", "LICENSE", "generation_config.json")
 OPTIONAL: Mapping[Layout, tuple[str, ...]] = {"hf": ("params.json", *_BESIDE), "native": _BESIDE}
 """Files that are taken along where they exist."""
+NO_ENDPOINT = "HF_ENDPOINT: is not the address of a hub; it begins with https:// and holds a host"
 _BLOCK = 1 << 22
 
 
