@@ -215,7 +215,9 @@ def test_native_to_hf_in_fp8_is_lossy_where_the_scales_differ(native, tmp_path, 
         (note,) = writers.write_fp8(base, tmp_path / "out", given).notes
     assert "native layout: 6; " in note  # of the 8 experts of two layers
     assert "lossy" in note
-    assert note in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert note in said
+    assert ("6 expert matrices share a scale" in said) == (to == "fp8")  # by the conversion
     out, stored = by_hand.stored(tmp_path / "out"), by_hand.stored(native)
     found, exact = by_hand.bf16_weights(tmp_path / "out"), by_hand.bf16_weights(native)
     wrong = []
