@@ -57,6 +57,7 @@ def test_wheel_holds_the_pipeline_and_nothing_else_of_the_checkout(wheel: Path) 
         files += [path for path in (CHECKOUT / directory).rglob("*") if path.is_file()]
     assert pipeline == {path.relative_to(CHECKOUT).as_posix() for path in files}
     assert {"ms4/py.typed", "ms4_wizard/py.typed", "ms4/cli.py", "ms4/weights/hub.py"} <= names
+    assert "ms4/weights/ordinary.txt" in names  # read by verify
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ms4", "ms4_wizard"}
     assert not [name for name in names if "__pycache__" in name]
