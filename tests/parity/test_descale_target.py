@@ -319,15 +319,20 @@ def test_two_processes_with_the_same_target(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("pieces", [1, 3])
 def test_signals(
-    where: Path, source: Path, reference: dict[str, bytes], number: signal.Signals
+    where: Path, source: Path, reference: dict[str, bytes], number: signal.Signals, pieces: int
 ) -> None:
+    """While a record is about to get its name; of the last of four pieces, nothing else is left to
+    do but to wait for it."""
     go, base = where / "go", where / "base"
-    conditions = Conditions(point=Point("replace", 4, "after", wait_for=go))
+    conditions = Conditions(point=Point("replace", 2 * pieces + 2, "before", wait_for=go))
     running = start(where, "descale", source, "base", "--to", "nf4", conditions=conditions)
-    wait_for(lambda: len(list(base.glob(".pieces/*.json"))) == 2, "two pieces")
+    wait_for(lambda: len(list(base.glob("*.safetensors"))) == pieces + 1, "pieces")
+    wait_for(lambda: list(base.glob(".pieces/.*.tmp")), "a record")
+    time.sleep(0.2)  # for the main thread, which has no call to be seen by
     running.send(number)
-    time.sleep(0.1)
+    time.sleep(0.2)
     go.touch()
     result = running.result()
     if number == signal.SIGINT:
