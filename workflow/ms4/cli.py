@@ -131,20 +131,39 @@ LOGS = Path("logs")
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
+def _last_state(line: str) -> str:
+    return line.removesuffix("\r").rsplit("\r", 1)[-1]
+
+
 class _Tee(io.TextIOBase):
-    """Writes to a stream and, without its terminal escapes, to a log."""
+    """Writes to a stream and, in whole lines and without its terminal escapes, to a log.
+
+    Of a line that is rewritten in place, a progress bar, the log keeps the last state: it would
+    else be one line of thousands of bars.
+    """
 
     def __init__(self, stream: TextIO, log: TextIO) -> None:
         self._stream, self._log = stream, log
+        self._line = ""
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
         return self._stream.encoding
 
     def write(self, text: str) -> int:
-        self._log.write(_ESCAPES.sub("", text))
-        self._log.flush()
+        *lines, self._line = (self._line + _ESCAPES.sub("", text)).split("\n")
+        if lines:
+            self._log.writelines(f"{_last_state(line)}\n" for line in lines)
+            self._log.flush()
+        # "\r\n" ends a line, so that a "\r" at the end may not begin a new state yet.
+        self._line = self._line[self._line.rfind("\r", 0, -1) + 1 :]
         return self._stream.write(text)
+
+    def end(self) -> None:
+        """Log what no line break followed."""
+        if rest := _last_state(self._line):
+            self._log.write(f"{rest}\n")
+        self._line = ""
 
     def flush(self) -> None:
         self._stream.flush()
@@ -164,13 +183,15 @@ def _logged(stage: str) -> Iterator[None]:
     job by SIGTERM to all of its processes, and a stage must outlive its reader to save its work.
     """
     LOGS.mkdir(exist_ok=True)
-    with (
-        (LOGS / f"{stage}.log").open("a", encoding="utf-8") as log,
-        redirect_stdout(_Tee(sys.stdout, log)),
-        redirect_stderr(_Tee(sys.stderr, log)),
-    ):
+    with (LOGS / f"{stage}.log").open("a", encoding="utf-8") as log:
+        out, err = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
         try:
-            yield
+            with redirect_stdout(out), redirect_stderr(err):
+                try:
+                    yield
+                finally:
+                    out.end()
+                    err.end()
         except Ms4Error as error:
             log.write(f"ms4 {stage}: {error}\n")
             raise
