@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from ms4.weights import layouts
+from tests.descaling import left_clean, refused
 from tests.kill_points import Result, content, ms4
 from tests.small_source import Stored, bf16, load, save, shard_of, shards_of, write, write_index
 
@@ -27,38 +28,6 @@ NORM = f"{LAYER}input_layernorm.weight"
 SCALE = f"{LAYER}self_attn.o_proj.weight_scale_inv"
 NATIVE = "layers.1.experts.2.w3"
 STORAGES = ("bf16", "nf4", "fp8")
-
-
-def refused(result: Result, *words: str) -> bool:
-    """Whether it ended with one message for the user, which says all of `words`."""
-    assert result.code == 2, result.text
-    assert result.text.startswith("ms4 descale: "), result.text
-    assert "Traceback" not in result.text
-    assert len(result.text) < 1500
-    for word in words:
-        assert word in result.text
-    return True
-
-
-def whole(base: Path) -> dict[Path, int]:
-    """The pieces that a record speaks for, with their numbers in the file system."""
-    records = {path.stem: json.loads(path.read_text()) for path in base.glob(".pieces/*.json")}
-    found = {path: path.stat() for path in base.glob("*.safetensors") if path.name in records}
-    assert {p.name: s.st_size for p, s in found.items()} == {
-        name: record["entry"]["size"] for name, record in records.items()
-    }
-    return {path: status.st_ino for path, status in found.items()}
-
-
-def left_clean(base: Path) -> bool:
-    """Whether nothing vouches for a base that is not whole, and nothing is half-written."""
-    assert not [path for path in base.rglob("*") if path.suffix == ".tmp"]
-    named, index = list(base.glob("*.safetensors")), base / "model.safetensors.index.json"
-    assert len(named) <= len(whole(base)) + 1  # a record follows each name
-    if index.exists() or (base / "base.json").exists():
-        files = json.loads(index.read_text())["weight_map"].values()
-        assert set(files) == {path.name for path in whole(base)}
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +160,26 @@ def test_scales_that_make_no_sense(
     assert refused(descale(where, source), str(shard), name, "a scale is zero, negative")
     assert left_clean(where / "base")
     assert mended(where, source, sources["hf"], references["hf"])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_activation_scales_that_no_manifest_can_keep(
+    where: Path, source: Path, value: float
+) -> None:
+    name = f"{EXPERTS}_activation_scale"
+    shard = shard_of(source, name)
+    edit(shard, lambda tensors: tensors[name].bits.view(np.uint16).__setitem__(0, bf16_of(value)))
+    assert refused(descale(where, source), str(shard), name, "infinite or not a number")
+    assert left_clean(where / "base")
+
+
+@pytest.mark.parametrize("bits", [0x7F80, 0xFF80, 0x7FC0, 0xFF81])
+@pytest.mark.parametrize("name", [NORM, "vision_tower.ln_pre.weight"])
+def test_bf16_values_that_are_not_a_number(where: Path, source: Path, name: str, bits: int) -> None:
+    shard = shard_of(source, name)
+    edit(shard, lambda tensors: tensors[name].bits.view(np.uint16).__setitem__(-1, bits))
+    assert refused(descale(where, source), str(shard), name, "BF16 values that are not a number")
+    assert left_clean(where / "base")
 
 
 def bf16_of(value: float) -> np.uint16:
@@ -451,93 +440,3 @@ def test_shards_may_be_links(
         shard.symlink_to(sources["hf"] / shard.name)
     assert descale(where, source).code == 0
     assert content(where / "base") == references["hf"]
-
-
-# Settings that lie about sizes.
-
-
-def nested(value: dict[str, Any], path: str, new: Any) -> dict[str, Any]:
-    keys = path.split(".")
-    inner = value
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = new
-    return value
-
-
-SIZES: dict[str, tuple[str, str, Any, str]] = {
-    "a layer more": ("hf", "text_config.num_hidden_layers", 3, "missing (language_model.model"),
-    "a layer less": ("hf", "text_config.num_hidden_layers", 1, "unexpected (language_model.model"),
-    "no layers": ("hf", "text_config.num_hidden_layers", 0, "the size `layers` is 0"),
-    "negative": ("hf", "text_config.num_hidden_layers", -1, "the size `layers` is -1"),
-    "many": ("hf", "text_config.num_hidden_layers", 1000, "missing (language_model.model"),
-    "too many": ("hf", "text_config.num_hidden_layers", 10**9, "the size `layers` is"),
-    "digits": ("hf", "text_config.num_hidden_layers", 10**4000, "the size `layers` is"),
-    "text": ("hf", "text_config.num_hidden_layers", "2", "the size `layers` is '2'"),
-    "a fraction": ("hf", "text_config.num_hidden_layers", 2.0, "the size `layers` is 2.0"),
-    "a list": ("hf", "text_config.num_hidden_layers", [2], "the size `layers` is [2]"),
-    "other experts": ("hf", "text_config.n_routed_experts", 5, "not BF16 [5"),
-    "ten million experts": ("hf", "text_config.n_routed_experts", 10**7, "[10000000"),
-    "another width": ("hf", "text_config.hidden_size", 65, "not BF16 [256, 65]"),
-    "another vision head": ("hf", "vision_config.head_dim", 7, "which are no pairs to rotate"),
-    "another model": ("hf", "text_config.model_type", "llama", "not a Mistral Small 4"),
-    "no text": ("hf", "text_config", 7, "must be mappings"),
-    "native: a layer more": ("native", "n_layers", 3, "missing (layers.2."),
-    "native: no layers": ("native", "n_layers", 0, "n_layers is 0"),
-    "native: negative": ("native", "n_layers", -2, "n_layers is -2"),
-    "native: too many": ("native", "n_layers", 10**6, "`layers` is 1000000"),
-    "native: a billion tensors": ("native", "moe.num_experts", 10**7, "180000000 tensors"),
-    "native: no experts": ("native", "moe", None, "moe.num_experts is None"),
-    "native: dense layers": ("native", "moe.first_k_dense_replace", 1, "all layers are MoE"),
-    "native: no heads": ("native", "vision_encoder.num_attention_heads", 0, "heads is 0"),
-    "rotary settings": ("hf", "text_config.rope_parameters", 7, "rope_parameters is 7"),
-    "a factor": ("hf", "text_config.rope_parameters.factor", "x", "factor is 'x'"),
-    "no number": ("hf", "text_config.rope_parameters.factor", float("nan"), "factor is nan"),
-    "a negative one": ("hf", "text_config.rope_parameters.mscale_all_dim", -1, "dim is -1"),
-    "native: yarn": ("native", "yarn", 7, "yarn is 7"),
-    "native: a factor": ("native", "yarn", {"factor": "much"}, "factor is 'much'"),
-    "native: a base": ("native", "rope_theta", [1], "rope_theta is [1]"),
-    "native: of vision": ("native", "vision_encoder.rope_theta", True, "rope_theta is True"),
-    "native: scaling": ("native", "llama_4_scaling", "x", "llama_4_scaling is 'x'"),
-}
-
-
-@pytest.mark.parametrize("case", SIZES)
-def test_settings_that_lie(
-    where: Path, sources: dict[str, Path], tmp_path: Path, case: str
-) -> None:
-    layout, key, value, message = SIZES[case]
-    source = shutil.copytree(sources[layout], tmp_path / "spoilt")
-    path = source / layouts.SETTINGS[layout]  # type: ignore[index]
-    path.write_text(json.dumps(nested(json.loads(path.read_text()), key, value)))
-    assert refused(descale(where, source), str(source), message)
-    assert not (where / "base").exists()
-
-
-def test_native_heads_that_are_no_pairs(
-    where: Path, sources: dict[str, Path], tmp_path: Path
-) -> None:
-    """Shapes alone do not tell: sixteen heads of one element have those of two of eight."""
-    source = shutil.copytree(sources["native"], tmp_path / "spoilt")
-    params = json.loads((source / "params.json").read_text())
-    params["vision_encoder"] |= {"num_attention_heads": 16, "head_dim": 1}
-    (source / "params.json").write_text(json.dumps(params))
-    assert refused(descale(where, source), "params.json", "no pairs to rotate")
-
-
-@pytest.mark.parametrize("text", ["", "[]", "7", "{}", "[" * 100_000, "\xff", '{"model_type": {}}'])
-@pytest.mark.parametrize("layout", ["hf", "native"])
-def test_settings_that_are_none(
-    where: Path, sources: dict[str, Path], tmp_path: Path, layout: str, text: str
-) -> None:
-    source = shutil.copytree(sources[layout], tmp_path / "spoilt")
-    path = source / layouts.SETTINGS[layout]  # type: ignore[index]
-    path.write_bytes(text.encode("latin-1"))
-    assert refused(descale(where, source), str(path))
-
-
-@pytest.mark.parametrize("change", [shutil.rmtree, lambda path: (path / "config.json").unlink()])
-def test_no_source(where: Path, source: Path, change: Callable[[Path], None]) -> None:
-    change(source)
-    assert refused(descale(where, source), str(source))
-    assert not (where / "base").exists()

@@ -25,10 +25,9 @@ from ms4.weights import configs, layouts
 from ms4.weights.shards import layout as lay_out
 from ms4.weights.shards import table_bytes
 from tests.commands import wait_for
+from tests.descaling import left_clean, refused, whole
 from tests.kill_points import Conditions, Point, content, ms4, start
 from tests.small_source import DIMS, bf16, shards_of, write
-
-from .test_descale_faults import left_clean, refused, whole
 
 MIB = 1 << 20
 

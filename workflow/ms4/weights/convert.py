@@ -80,13 +80,17 @@ def _all_tasks(
             yield task, tensor.numel // len(tasks)
 
 
+def _damaged(segment: Segment, what: str) -> Ms4Error:
+    return Ms4Error(
+        f"{segment.entry.path}: {segment.entry.name}: holds {what} that are not a number; the file "
+        "is damaged at its origin. Fetch it again, or use another source."
+    )
+
+
 def _codes(source: Source, segment: Segment, start: int, count: int) -> Bytes:
     codes = source.read(segment, start, count)
     if fp8.has_nan(codes):
-        raise Ms4Error(
-            f"{segment.entry.path}: {segment.entry.name}: holds FP8 codes that are not a number; "
-            "the file is damaged at its origin. Fetch it again, or use another source."
-        )
+        raise _damaged(segment, "FP8 codes")
     return codes
 
 
@@ -95,7 +99,10 @@ def _copy(
 ) -> None:
     for at in range(start, start + count, fp8.CHUNK):
         some = min(fp8.CHUNK, start + count - at)
-        piece.write(tensor.disk, 2 * (segment.at + at), source.read(segment, at, some))
+        values = source.read(segment, at, some).view(np.uint16)
+        if (values & 0x7FFF).max() >= 0x7F80:  # without the sign: infinity, and NaN above it
+            raise _damaged(segment, "BF16 values")
+        piece.write(tensor.disk, 2 * (segment.at + at), values)
 
 
 def _to_bf16(

@@ -396,9 +396,20 @@ class Source:
         return matrix_scales(tensor, self.layout, self.numbers)
 
     def all_scales(self, tensors: Sequence[spec.Tensor]) -> dict[str, list[float]]:
-        """Every scale of these parameters by its name on disk; exact as JSON numbers."""
+        """Every scale of these parameters by its name on disk; exact as JSON numbers.
+
+        Raises:
+            Ms4Error: one is not a number, for which JSON has no word.
+        """
         stored = (name for tensor in tensors for name in self.stored(tensor))
-        return {name: self.numbers(name) for name in stored if _is_scale(name)}
+        scales = {name: self.numbers(name) for name in stored if _is_scale(name)}
+        for name, values in scales.items():
+            if not all(map(math.isfinite, values)):
+                raise Ms4Error(
+                    f"{self.entries[name].path}: {name}: a scale is infinite or not a number. "
+                    "Fetch the file again, or use another source."
+                )
+        return scales
 
     def segments(self, tensor: spec.Tensor) -> list[Segment]:
         """A parameter's data, in the order of the HF tensor."""
