@@ -154,6 +154,31 @@ def test_a_target_that_may_only_be_read(
     assert content(where / "base") == before
 
 
+def test_what_stood_there_before_leaves_no_trace(
+    where: Path, source: Path, reference: dict[str, bytes]
+) -> None:
+    """A base of more layers, and then in another storage: whoever reads all files of the directory
+    must not find some of theirs. A file of somebody else stays."""
+    larger = write(where / "larger", dims=replace(DIMS, layers=4))
+    assert ms4(where, "descale", larger, "base", "--to", "bf16").code == 0
+    assert (where / "base/layer-03.safetensors").exists()
+    (where / "base/notes").write_text("precious")
+    for to in ("bf16", "nf4"):
+        assert ms4(where, "descale", source, "base", "--to", to).code == 0
+        assert not (where / "base/layer-03.safetensors").exists()
+    assert content(where / "base") == reference | {"notes": b"precious"}
+
+
+def test_a_source_that_may_only_be_read(
+    where: Path, source: Path, reference: dict[str, bytes], mount: Callable[..., None]
+) -> None:
+    (where / "source").mkdir()
+    mount(where / "source", "--bind", source)
+    mount(where / "source", "-o", "remount,bind,ro")
+    assert ms4(where, "descale", "source", "base", "--to", "nf4").code == 0
+    assert content(where / "base") == reference
+
+
 # Disks that are full.
 
 

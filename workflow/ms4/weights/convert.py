@@ -37,7 +37,7 @@ from ms4.weights import configs, fp8, nf4
 from ms4.weights.layouts import Segment, Source, native_names, native_scales
 from ms4.weights.meter import Meter, say
 from ms4.weights.shards import Bytes, Piece, Table, readable, sweep, table_bytes, writable
-from ms4.weights.stream import STRETCH, Task, Work, check_room, make
+from ms4.weights.stream import STRETCH, Task, Work, check_room, drop_others, make
 from ms4.weights.tables import Storage, piece_table, pieces
 
 SOURCE = Path("weights/source.json")
@@ -387,6 +387,7 @@ def run(
         check_room(target, disk_needed(job), "the base")
     retract(manifest, target)
     names = list(pieces(source.dims))
+    drop_others(target, job.records, names)
     with Meter("descale", total_elements(source.dims)) as meter:
         convert(job, names, meter)
     made = finish(job, manifest, softmax_scale, config_hash, inputs)

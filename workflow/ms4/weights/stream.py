@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ms4.errors import Ms4Error
 from ms4.weights.meter import Meter, gigabytes
-from ms4.weights.shards import Finished, Follower, Piece, Table
+from ms4.weights.shards import Finished, Follower, Piece, Table, writable
 
 STRETCH = 1 << 24
 """Elements of one task, at most: what a thread reads, converts and writes at a time is a part of
@@ -104,3 +104,22 @@ def check_room(target: Path, needed: int, what: str) -> None:
             f"{target}: {what} takes {gigabytes(needed)} more and the disk has {gigabytes(free)} "
             "free. Free some, or use another disk; what is whole is kept."
         )
+
+
+def drop_others(target: Path, records: Path, names: Collection[str]) -> None:
+    """Remove the pieces of a base of more layers that stood here before: whoever reads all files of
+    a directory would take them for a part of this one.
+
+    Args:
+        target: directory of the base.
+        records: directory of the pieces' records: only what has one was made here.
+        names: pieces that belong here.
+
+    Raises:
+        Ms4Error: one cannot be removed.
+    """
+    with writable(target):
+        for record in records.glob("*.json"):
+            if record.stem not in names:
+                (target / record.stem).unlink(missing_ok=True)
+                record.unlink()
