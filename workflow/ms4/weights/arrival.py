@@ -144,9 +144,10 @@ class _Arrival:
             self._free()
             ready = self.schedule.ready(self._arrived, self._done)
             while pending and not downloads.failed:
-                begun = self._arrived | downloads.under_way | {pending[0].name}
+                begun = downloads.under_way | {pending[0].name}
                 idle = not (ready or downloads.under_way)
-                if free and not idle and self.schedule.peak(begun, self._done) > most:
+                foreseen = self.schedule.peak(self._arrived, begun, self._done) if free else 0
+                if foreseen > most and not idle:
                     break
                 downloads.start(pending.pop(0))
             if ready:
@@ -215,7 +216,7 @@ class _Arrival:
         rest, base = errand.need(self._absent), sum(schedule.pieces.values())
         grown = Need(target.directory, base, f"the base ({target.to})")
         if not target.free:
-            least = gigabytes(max(0, replace(schedule, free=True).peak()))
+            least = gigabytes(replace(schedule, free=True).peak())
             advice = f", or take less at a time: with {errand.place.words.free} {least} will do"
             check_room([rest, grown], advice)
             return
@@ -224,11 +225,11 @@ class _Arrival:
                 f"{rest.what} ({gigabytes(rest.size)}) and making the base in {target.to} "
                 f"({gigabytes(base)}), each shard freed when it may be,"
             )
-            needs = [Need(rest.path, max(0, schedule.peak()), what)]
+            needs = [Need(rest.path, schedule.peak(), what)]
         else:
             nothing = dict.fromkeys(schedule.pieces, 0)
             shards = replace(schedule, pieces=nothing, replaced=nothing).peak()
-            needs = [replace(rest, size=max(0, shards)), grown]
+            needs = [replace(rest, size=shards), grown]
         if self._todo:
             self._foretell()
         check_room(needs)

@@ -1,13 +1,13 @@
 """What stands on the disk while shards come, pieces of a base are made of them, and shards go.
 
-Shards are taken in their order, and with freeing a piece waits for all shards up to its last one,
-whichever arrives first: so what is on the disk at each moment follows from sizes alone, and the
-most is known before anything is fetched.
+With freeing, a piece waits for all shards up to its last one, and those that wait for fewer are
+made first, in whatever order the shards arrive. So what is on the disk at each moment follows from
+sizes alone, and the most is known before anything is fetched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from ms4 import spec
@@ -33,20 +33,20 @@ class Schedule:
     free: bool
     """Shards go when nothing needs them any more."""
 
-    def waits_for(self, piece: str) -> Set[str]:
-        """The shards that must be whole before a piece is made."""
+    def in_order(self) -> list[tuple[str, Set[str]]]:
+        """The pieces in the order of making, and the shards that must be whole before."""
         if not self.free:
-            return self.needs[piece]
-        order = list(self.shards)
-        last = max(order.index(shard) for shard in self.needs[piece])
-        return set(order[: last + 1])
+            return list(self.needs.items())
+        shards = list(self.shards)
+        last = {p: max(shards.index(shard) for shard in some) for p, some in self.needs.items()}
+        return [(p, set(shards[: last[p] + 1])) for p in sorted(self.pieces, key=last.__getitem__)]
 
     def ready(self, whole: Set[str], done: Set[str]) -> list[str]:
         """The pieces to make now, up to those after which a shard can go."""
         found: list[str] = []
         gone = self.unneeded(done)
-        for piece in self.pieces:
-            if piece not in done and self.waits_for(piece) <= whole:
+        for piece, wanted in self.in_order():
+            if piece not in done and wanted <= whole:
                 found.append(piece)
                 if self.free and self.unneeded(done | set(found)) > gone:
                     break
@@ -57,40 +57,48 @@ class Schedule:
         needed = {s for piece, some in self.needs.items() if piece not in done for s in some}
         return set(self.shards) - needed
 
-    def peak(self, begun: Iterable[str] = (), done: Iterable[str] = ()) -> int:
-        """The most bytes that shards and pieces will take together beyond what the disk holds when
-        the schedule begins.
+    def peak(
+        self,
+        come: Set[str] = frozenset(),
+        begun: Set[str] = frozenset(),
+        done: Set[str] = frozenset(),
+    ) -> int:
+        """The most bytes that shards and pieces will take together beyond what the disk held when
+        the schedule began.
 
         Args:
+            come: shards that came since, and may have been freed by now.
             begun: shards that are on their way: counted whole from now on.
-            done: pieces that are made, and compared if shards are freed.
+            done: pieces that were made since, and compared if shards are freed.
         """
-        return max(self._sizes(set(begun), set(done)))
+        whole = {shard for shard, size in self.shards.items() if self.here[shard] == size}
+        return max(0, *self._sizes(whole | come, set(begun), set(done)))
 
-    def _sizes(self, begun: set[str], done: set[str]) -> Iterator[int]:
+    def _sizes(self, come: set[str], begun: set[str], done: set[str]) -> Iterator[int]:
         """What is added to the disk, whenever it changes."""
         size = sum(self.pieces[piece] - self.replaced[piece] for piece in done)
-        gone = self.unneeded(done) if self.free else set()
-        size -= sum(self.here[shard] for shard in gone)
-        size += sum(self.shards[shard] - self.here[shard] for shard in begun - gone)
-        yield size
-        come: set[str] = set()
-        for shard in self.shards:
-            come.add(shard)
-            if shard not in begun | gone:
-                size += self.shards[shard] - self.here[shard]
+        size += sum(self.shards[shard] - self.here[shard] for shard in come | begun)
+        gone: set[str] = set()
+        for shard in (None, *self.shards):
+            if shard is not None:
+                if shard not in come | begun:
+                    size += self.shards[shard] - self.here[shard]
+                    yield size
+                come.add(shard)
+            while True:
+                # As it is done: first what may go goes, then what may be made is made.
+                going = (self.unneeded(done) & come) - gone if self.free else set()
+                size -= sum(self.shards[shard] for shard in going)
+                gone |= going
                 yield size
-            while ready := self.ready(come, done):
+                ready = self.ready(come, done)
+                if not ready:
+                    break
                 for piece in ready:
                     size += self.pieces[piece]
                     yield size
                     size -= self.replaced[piece]
                     done.add(piece)
-                if self.free:
-                    going = (self.unneeded(done) & come) - gone
-                    size -= sum(self.shards[shard] for shard in going)
-                    gone |= going
-        yield size
 
 
 def as_published(dims: spec.Dimensions, to: str, *, free: bool) -> Schedule:
