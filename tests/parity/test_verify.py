@@ -159,6 +159,9 @@ def poison(source):
     put(GATE_UP + "_scale_inv", 5, -1.0)
     put("language_model.model.layers.2.mlp.experts.down_proj_scale_inv", 0, float("nan"))
     put("language_model.model.layers.1.self_attn.o_proj.weight_scale_inv", 0, float("inf"))
+    put("language_model.model.layers.1.self_attn.q_b_proj.weight_scale_inv", 0, 1e36)
+    put("language_model.model.layers.3.mlp.experts.down_proj_activation_scale", 1, float("nan"))
+    put("language_model.model.norm.weight", 3, float("-inf"))
     return named
 
 
@@ -180,6 +183,7 @@ def test_codes_and_scales_that_are_no_numbers_are_all_named(bases, checkpoint, t
     assert f"{GATE_UP}_scale_inv: 2 of 8 scales are 0.0 (number 2), -1.0 (number 5)" in text
     assert "down_proj_scale_inv: 1 of 8 scales are nan (number 0)" in text
     assert "o_proj.weight_scale_inv: the scale is inf" in text
+    assert "model.norm.weight: 1 of its BF16 values are not a number" in text
     assert "of the scales that it keeps are not the source's" in text
     # No weight depends on it: that is no fault of the base.
     assert f"{activation}: 8 of 8" not in text
@@ -216,6 +220,18 @@ def test_what_a_good_base_gives(bases, capsys):
     assert {key: again[key] for key in again if key != "directory"} == {
         key: found[key] for key in again if key != "directory"
     }
+
+
+@pytest.mark.parametrize(("place", "target"), [("weights", "base"), (BASE, "."), (BASE, "../base")])
+def test_a_projects_base_is_found_from_anywhere(project, monkeypatch, capsys, place, target):
+    (project / BASE / "tekken.json").unlink()  # no loss: only where things are
+    edit_json(
+        project / "weights/base.json",
+        lambda m: m.update(files=[e for e in m["files"] if e["path"] != "tekken.json"]),
+    )
+    monkeypatch.chdir(project / place)
+    code, found, _ = as_json(capsys, target)
+    assert (code, found["scanned"], found["faults"]) == (0, 4, [])
 
 
 def test_the_table_on_the_screen(bases, capsys):
@@ -259,6 +275,20 @@ def test_a_source_that_was_freed(project, checkpoint, tmp_path, capsys):
     assert (code, found["scanned"], found["recomputed"]) == (0, 0, {})
     assert any("weights are gone" in note for note in found["notes"])
     assert found["losses"]["plain"] > 0
+
+
+def test_what_was_compared_before_it_was_freed_is_told(project, checkpoint, capsys):
+    """As the manifest of a source has it whose shards were freed on arrival."""
+    freed = [{"path": "a.safetensors", "size": 1, "sha256": "0", "pieces": ["base/layer-00"]}]
+    edit_json(
+        project / "weights/source.json",
+        lambda m: m.update(freed=freed, recomputed={O_PROJ: 0.0, GATE_UP: 0.0926}),
+    )
+    run_stage("verify", settings(checkpoint))
+    assert (
+        "files of the source that were freed: 1; 2 parameters of the base had been compared with "
+        "it before, largest error 9.26%"
+    ) in capsys.readouterr().out
 
 
 def test_without_a_tokenizer_there_is_no_loss(checkpoint, tmp_path, capsys):

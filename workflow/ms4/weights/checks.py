@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ms4 import spec
 from ms4.errors import Ms4Error
 from ms4.weights import fp8
 from ms4.weights.convert import INDEX
-from ms4.weights.layouts import Source, shard_names
+from ms4.weights.layouts import MOST_SCALE, Source, shard_names
 from ms4.weights.meter import Meter
 from ms4.weights.recompute import recompute
-from ms4.weights.shards import Entry, read_header, readable
+from ms4.weights.shards import Bytes, Entry, read_header, readable
 from ms4.weights.tables import base_tensors, pieces
 
 STRETCH = 1 << 24
-"""Codes that one task looks at, a part at a time."""
+"""Bytes that one task looks at, a part at a time."""
 _BLOCK = 1 << 22
 _NAMED = 5
 """Members of a tensor, or tensors of a file, that one fault names."""
@@ -166,19 +167,31 @@ def differing(source: Source, target: Path, piece: str, to: str) -> str:
 # The source.
 
 
+def _is_weight_scale(name: str) -> bool:
+    return name.endswith(("_scale_inv", ".qscale_weight"))
+
+
+def _is_activation_scale(name: str) -> bool:
+    return name.endswith(("activation_scale", ".qscale_act"))
+
+
+def _is_scale(name: str) -> bool:
+    return _is_weight_scale(name) or _is_activation_scale(name)
+
+
 def source_faults(source: Source, threads: int) -> tuple[list[str], list[str]]:
     """Scan all files of the source that are here.
 
     Returns:
-        FP8 codes that are not a number and weights' scales that are not positive numbers; and,
-        apart, such scales of activations, which no weight depends on.
+        Codes and values that are not a number, and scales that cannot be one's; and, apart, scales
+        of activations that are zero or negative, which no weight depends on.
     """
-    entries = list(source.entries.values())
-    coded = [entry for entry in entries if entry.dtype == "F8_E4M3"]
-    tasks = [(entry, at) for entry in coded for at in range(0, entry.size, STRETCH)]
-    bad: dict[str, int] = {}
+    scales = [entry for entry in source.entries.values() if _is_scale(entry.name)]
+    data = [entry for entry in source.entries.values() if not _is_scale(entry.name)]
+    tasks = [(entry, at) for entry in data for at in range(0, entry.size, STRETCH)]
+    counts: dict[str, int] = {}
     with (
-        Meter("scan the source", sum(entry.size for entry in coded)) as meter,
+        Meter("scan the source", sum(entry.size for entry in data)) as meter,
         ThreadPoolExecutor(threads) as pool,
     ):
 
@@ -186,48 +199,60 @@ def source_faults(source: Source, threads: int) -> tuple[list[str], list[str]]:
             entry, start = task
             count, end = 0, min(start + STRETCH, entry.size)
             for at in range(start, end, fp8.CHUNK):
-                codes = source.reader.read(entry, at, min(fp8.CHUNK, end - at))
-                if fp8.has_nan(codes):
-                    count += int(((codes & 127) == 127).sum())
+                part = source.reader.read(entry, at, min(fp8.CHUNK, end - at))
+                count += _not_numbers(part, entry.dtype)
             meter.add(end - start)
             return count
 
         for (entry, _), count in zip(tasks, pool.map(scan, tasks), strict=True):
-            bad[entry.name] = bad.get(entry.name, 0) + count
+            counts[entry.name] = counts.get(entry.name, 0) + count
     faults = [
-        f"{source.entries[name].path}: {name}: {count} of its FP8 codes are not a number"
-        for name, count in bad.items()
-        if count
+        f"{entry.path}: {entry.name}: {counts[entry.name]} of its "
+        f"{'FP8 codes' if entry.dtype == 'F8_E4M3' else 'BF16 values'} are not a number"
+        for entry in data
+        if counts.get(entry.name)
     ]
     notes = []
-    for entry in entries:
-        if entry.name.endswith(("_scale_inv", ".qscale_weight")):
-            faults += _scale_faults(source, entry)
-        elif entry.name.endswith(("activation_scale", ".qscale_act")):
-            notes += _scale_faults(source, entry)
+    for entry in scales:
+        values = np.array(source.numbers(entry.name))
+        positive = values > 0
+        if _is_weight_scale(entry.name):
+            faults += _scale_faults(entry, values, ~(positive & (values <= MOST_SCALE)))
+        else:
+            finite = np.isfinite(values)
+            faults += _scale_faults(entry, values, ~finite)
+            notes += _scale_faults(entry, values, finite & ~positive)
     return faults, notes
 
 
-def _scale_faults(source: Source, entry: Entry) -> list[str]:
-    values = source.numbers(entry.name)
-    wrong = [n for n, value in enumerate(values) if not (math.isfinite(value) and value > 0)]
-    if not wrong:
+def _not_numbers(data: Bytes, dtype: str) -> int:
+    """How many of these codes or BF16 values are NaN or, of BF16, infinite."""
+    if dtype == "F8_E4M3":
+        return int(((data & 127) == 127).sum()) if fp8.has_nan(data) else 0
+    magnitudes = data.view(np.uint16) & 0x7FFF
+    return int((magnitudes >= 0x7F80).sum())
+
+
+def _scale_faults(
+    entry: Entry, values: npt.NDArray[np.float64], wrong: npt.NDArray[np.bool_]
+) -> list[str]:
+    if not wrong.any():
         return []
     if len(values) == 1:
         return [f"{entry.path}: {entry.name}: the scale is {values[0]}"]
-    shown = _listed([f"{values[n]} (number {n})" for n in wrong])
-    return [f"{entry.path}: {entry.name}: {len(wrong)} of {len(values)} scales are {shown}"]
+    numbers = np.flatnonzero(wrong)
+    shown = _listed([f"{values[n]} (number {n})" for n in numbers])
+    return [f"{entry.path}: {entry.name}: {len(numbers)} of {len(values)} scales are {shown}"]
 
 
 def kept_scale_faults(
     source: Source, kept: Mapping[str, Sequence[float]], manifest: Path
 ) -> list[str]:
     """Compare the scales that a base's manifest keeps with those of the source that are here."""
-    here = [tensor for tensor in spec.tensors(source.dims) if source.is_here([tensor])]
     differ = [
         name
-        for name, values in source.all_scales(here).items()
-        if name not in kept or not np.array_equal(kept[name], values, equal_nan=True)
+        for name in source.entries
+        if _is_scale(name) and kept.get(name) != source.numbers(name)
     ]
     if not differ:
         return []

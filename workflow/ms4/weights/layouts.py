@@ -38,7 +38,7 @@ _NAMED = 5
 _MOST_TENSORS = 1 << 20
 """Tensors of a checkpoint, at most: 25 times those of this model. Settings that ask for more are
 damaged, and their table would fill the memory before it could be compared."""
-_MOST_SCALE = 3.3895e38 / 448
+MOST_SCALE = 3.3895e38 / 448
 """The largest number of BF16 over that of FP8: beyond, products are infinite."""
 
 
@@ -377,7 +377,7 @@ class Source:
         scales: list[float] = []
         for name in names:
             for value in self.numbers(name):
-                if not 0 < value <= _MOST_SCALE:
+                if not 0 < value <= MOST_SCALE:
                     raise Ms4Error(
                         f"{self.entries[name].path}: {name}: a scale is zero, negative, not a "
                         f"number or too large ({value}). Fetch the file again, or use another "

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -263,7 +263,12 @@ def _opened(directory: Path | None, layout: Layout, found: Findings) -> Iterator
 
 
 def examine(
-    target: Path, manifest: Path, directory: Path | None, *, tiny: bool, threads: int
+    target: Path,
+    manifest: Path,
+    directory: Path | None,
+    *,
+    origin: Mapping[str, Any],
+    threads: int,
 ) -> Findings:
     """Everything that verify looks at.
 
@@ -271,7 +276,7 @@ def examine(
         target: directory of the base.
         manifest: of the stage descale.
         directory: of the source; None: there is none.
-        tiny: whether the base is of the built-in tiny model, which speaks no English.
+        origin: the source's manifest; empty outside a project.
         threads: that read and compare.
 
     Raises:
@@ -287,7 +292,16 @@ def examine(
         if found.faults:
             found.notes.append("no loss was taken of a base with faults")
             return found
+        if freed := origin.get("freed"):
+            errors: Mapping[str, float] = origin.get("recomputed") or {}
+            worst = max(errors.values(), default=0.0)
+            found.notes.append(
+                f"files of the source that were freed: {len(freed)}; {len(errors)} parameters of "
+                f"the base had been compared with it before, largest error {worst:.2%}"
+            )
         try:
+            # The tiny model speaks no English.
+            tiny = origin.get("origin") == "tiny"
             text = texts.choose(target, under.dims.vocabulary, tiny=tiny)
         except Ms4Error as error:
             found.faults.append(str(error))
@@ -367,8 +381,9 @@ def insist(found: Findings, manifest: Path) -> None:
     if found.faults:
         shown = "\n  ".join(found.faults[:_SHOWN])
         more = f"\n  and {len(found.faults) - _SHOWN} more" if len(found.faults) > _SHOWN else ""
+        count = "1 fault" if len(found.faults) == 1 else f"{len(found.faults)} faults"
         raise Ms4Error(
-            f"{found.directory}: {len(found.faults)} faults:\n  {shown}{more}\n"
+            f"{found.directory}: {count}:\n  {shown}{more}\n"
             f"Of the base: remove its files that are named and {manifest}, and run `ms4 descale` "
             "again, which keeps the others. Of the source: fetch it again, or use another."
         )
@@ -397,8 +412,7 @@ def run_stage(config: RunConfig) -> None:
     origin = read_manifest(SOURCE, "fetch")
     threads = config.run.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    tiny = origin.get("origin") == "tiny"
-    found = examine(BASE, MANIFEST, Path(origin["directory"]), tiny=tiny, threads=threads)
+    found = examine(BASE, MANIFEST, Path(origin["directory"]), origin=origin, threads=threads)
     print_findings(found)
     if found.faults or found.verdict == "other":
         OUTPUT.unlink(missing_ok=True)  # what it vouched for is no longer so
@@ -428,15 +442,16 @@ def verify_directory(target: Path, source: Path | None, *, as_json: bool) -> Non
     """
     if not target.is_dir():
         raise Ms4Error(f"{target}: no such directory; give one that `ms4 descale` has made.")
-    manifest, tiny = manifest_of(target), False
-    origin = manifest.with_name(SOURCE.name)
-    if manifest.parent != target and origin.is_file():
-        fetched = read_manifest(origin, "fetch")
-        tiny = fetched.get("origin") == "tiny"
+    if target.name in ("", ".."):  # what is beside a directory needs its name
+        target = target.resolve()
+    manifest = manifest_of(target)
+    fetched: dict[str, Any] = {}
+    # Beside a project's `weights/base.json`, for `weights/base/`.
+    if manifest.parent != target and manifest.with_name(SOURCE.name).is_file():
+        fetched = read_manifest(manifest.with_name(SOURCE.name), "fetch")
         if source is None:
-            # Relative to the project, whose `weights/` the manifest is in.
-            source = manifest.parent.parent / fetched["directory"]
-    found = examine(target, manifest, source, tiny=tiny, threads=torch.get_num_threads())
+            source = manifest.absolute().parent.parent / fetched["directory"]
+    found = examine(target, manifest, source, origin=fetched, threads=torch.get_num_threads())
     if as_json:
         json.dump(asdict(found), sys.stdout, indent=2, ensure_ascii=False)
         print()
