@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -336,28 +336,28 @@ def test_a_piece_is_byte_for_byte_what_safetensors_writes(
     assert not piece.temporary.exists()
 
 
-@pytest.fixture
-def limit() -> Iterator[Callable[[int], None]]:
-    """Limit the size of files."""
+@contextmanager
+def limit(size: int) -> Iterator[None]:
+    """Limit the size of files. Not as a fixture: pytest's own output may go to a larger one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 100])
-def test_a_disk_that_is_full_at_the_header_leaves_nothing(
-    tmp_path: Path, limit: Callable[[int], None], size: int
-) -> None:
-    limit(size)
-    with pytest.raises(Ms4Error, match=r"y\.safetensors: the disk is full or a limit is reached"):
+def test_a_disk_that_is_full_at_the_header_leaves_nothing(tmp_path: Path, size: int) -> None:
+    full = r"y\.safetensors: the disk is full or a limit is reached"
+    with limit(size), pytest.raises(Ms4Error, match=full):
         Piece(tmp_path / "y.safetensors", TABLE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_is_full_within_a_tensor(tmp_path: Path, limit: Callable[[int], None]) -> None:
+def test_a_disk_that_is_full_within_a_tensor(tmp_path: Path) -> None:
     piece = Piece(tmp_path / "y.safetensors", {"a": ("U8", (100_000,))})
-    limit(50_000)
-    with pytest.raises(Ms4Error, match="the disk is full or a limit is reached"):
+    with limit(50_000), pytest.raises(Ms4Error, match="the disk is full or a limit is reached"):
         piece.write("a", 0, np.zeros(100_000, np.uint8))
     piece.discard()
     assert list(tmp_path.iterdir()) == []
