@@ -128,7 +128,7 @@ def killed_at_random(
         server.requests.clear()
         process = project.start()
         if kills < times:
-            wait_for(lambda: len(server.requests) > 1, "the first request for a file")
+            wait_for(lambda: server.requests, "the first request")
             time.sleep(dice.uniform(0, 0.8))
             process.send_signal(signal.SIGKILL)
         process.wait(60)
