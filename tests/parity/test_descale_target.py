@@ -377,8 +377,10 @@ def interrupt(
         here = where / str(number)
         here.mkdir()
         running = start(here, "descale", source, "base", "--to", "nf4")
-        wait_for(lambda: (here / "base/.pieces").exists(), "its begin")  # noqa: B023
-        time.sleep(dice.uniform(0, 0.15))
+        while not (here / "base/.pieces").exists():
+            assert running.process.exitcode is None
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.15) if number else 0)
         running.send(signal.SIGINT)
         result = running.result()
         seen.add(result.code)
