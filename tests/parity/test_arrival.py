@@ -30,7 +30,7 @@ from tests import small_source
 from tests.commands import wait_for
 from tests.fetching import HIDDEN, REPOSITORY, Result, environment, refused, resolved
 from tests.hub import Fault, Hub, serve
-from tests.kill_points import CHANGES, Conditions, Point, content, start
+from tests.kill_points import CHANGES, Conditions, Point, Running, content, start
 
 Layout = Literal["hf", "native"]
 STORAGES = ("bf16", "nf4", "fp8")
@@ -446,11 +446,16 @@ class Killed:
     reference: dict[str, bytes]
     options: tuple[str, ...]
 
-    def start(self, directory: Path, point: Point | None = None, trace: Path | None = None) -> Any:
+    def start(
+        self,
+        directory: Path,
+        point: Point | None = None,
+        trace: Path | None = None,
+        **variables: str,
+    ) -> Running:
         directory.mkdir(exist_ok=True, parents=True)
-        conditions = Conditions(
-            point=point, trace=trace, environment=environment(self.home, self.hub.url)
-        )
+        given = environment(self.home, self.hub.url) | variables
+        conditions = Conditions(point=point, trace=trace, environment=given)
         command = ("fetch", f"{REPOSITORY}-hf", "out", "--convert", "nf4", *self.options)
         return start(directory, *command, conditions=conditions)
 
@@ -492,6 +497,24 @@ def killed(
 ) -> Killed:
     reference = bases("hf", "nf4")
     return Killed(hub, checkpoints["hf"], tmp_path / "home", reference, request.param)
+
+
+def test_an_interrupt_stops_everything(killed: Killed, tmp_path: Path) -> None:
+    killed.hub.faults.append(Fault(f"*/{shards(killed.source)[1]}", hold_after=1000))
+    running = killed.start(tmp_path / "at", HF_HUB_DOWNLOAD_TIMEOUT="1")
+    part = f"{shards(killed.source)[1]}.*.part"
+    wait_for(
+        lambda: [p for p in (tmp_path / "at/out").glob(part) if p.stat().st_size == 1000],
+        "a partial file",
+    )
+    running.send(signal.SIGINT)
+    result = running.result()
+    assert result.code == 130
+    assert "interrupted; the same command goes on" in result.text
+    assert "Traceback" not in result.text
+    killed.hub.faults.clear()
+    killed.hub.release.set()
+    killed.ends_right(tmp_path / "at")
 
 
 def survive_points(killed: Killed, tmp_path: Path, some: int | None) -> None:

@@ -28,6 +28,9 @@ from ms4.weights.schedule import Schedule
 from ms4.weights.sources import Target
 from ms4.weights.tables import piece_bytes, pieces
 
+VERIFIERS = 8
+"""Threads that compare, at most: each takes some 60 MB."""
+
 
 def fetch_and_convert(errand: Errand, shards: Sequence[RemoteFile], target: Target) -> None:
     """Bring in the shards and make the pieces of the base; its manifest is left to `convert.run`.
@@ -173,7 +176,7 @@ class _Arrival:
         """Compare a piece with the source: every tensor, of experts a few."""
         job = self._job
         tensors = pieces(job.source.dims)[name]
-        with ThreadPoolExecutor(job.threads) as pool:
+        with ThreadPoolExecutor(min(job.threads, VERIFIERS)) as pool:
             errors = pool.map(lambda t: recompute(job.source, job.target, t, job.to), tensors)
             # Rounded: the sum's order, and with it the last digits, may depend on the machine.
             found = {t.disk: float(f"{e:.6g}") for t, e in zip(tensors, errors, strict=True)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,10 @@ class Record:
         """Read it; it is empty if there is none or it is of another form."""
         self.directory, self._path = directory, directory / NAME
         self._guard = threading.Lock()
-        self.exists = self._path.exists()
         self.state = State()
-        if self.exists:
-            try:
+        if self._path.exists():
+            with suppress(Ms4Error, TypeError, AttributeError):
                 self.state = _parse(manifest.read_json(self._path))
-            except (Ms4Error, TypeError, AttributeError):
-                self.exists = False
 
     def write(self) -> None:
         """Write it."""
@@ -75,7 +73,6 @@ class Record:
     def _write(self) -> None:
         with writable(self._path):
             manifest.write_json(self._path, asdict(self.state))
-        self.exists = True
 
     def vouch(self, file: RemoteFile, sha256: str) -> None:
         """Note that the content of `file` was checked just now."""
@@ -160,11 +157,10 @@ class Record:
             "revision": self.state.commit,
         }
         if freed:
-            errors = {
-                name: error
-                for checked in self.state.verified.values()
-                for name, error in checked["errors"].items()
-            }
+            pieces = {piece for entry in freed for piece in entry["pieces"]}
+            errors: dict[str, float] = {}
+            for piece in pieces:
+                errors |= self.state.verified.get(piece, {}).get("errors", {})
             content |= {"freed": freed, "recomputed": dict(sorted(errors.items()))}
         return content
 
