@@ -254,7 +254,7 @@ def test_kill_9_of_snakemake_then_resume(prepared, tmp_path, start):
 
 
 def test_bf16_experts_without_expert_adapters(checkpoint, tmp_path):
-    root = make_project(tmp_path / "project", str(checkpoint), gradient_checkpointing=False)
+    root = make_project(tmp_path / "project", str(checkpoint), checkpointing="none")
     path = root / "config/config.yaml"
     values = yaml.safe_load(path.read_text())
     values["model"]["experts"] = "bf16"

@@ -119,7 +119,7 @@ def test_the_fullest_moment():
     length=st.integers(16, 4096),
     rank=st.integers(1, 256),
     chunk=st.integers(1, 8192),
-    checkpointing=st.booleans(),
+    checkpointing=st.sampled_from(["full", "selective", "none", "auto"]),
     kind=st.sampled_from(["cpu", "cuda"]),
     targets=st.sets(st.sampled_from(["attention", "shared", "experts"]), min_size=1),
 )
@@ -140,7 +140,7 @@ def test_more_never_takes_less(micro_batch, length, rank, chunk, checkpointing, 
             train={
                 "micro_batch": values["micro_batch"],
                 "loss_chunk": values["chunk"],
-                "gradient_checkpointing": values["checkpointing"],
+                "checkpointing": values["checkpointing"],
             },
         )
         return planner.plan(built, SMALL, kind).peak
@@ -151,7 +151,7 @@ def test_more_never_takes_less(micro_batch, length, rank, chunk, checkpointing, 
     assert peak(length=length + 1) > now
     assert peak(rank=rank + 1) > now
     assert peak(chunk=chunk + 1) >= now
-    assert peak(checkpointing=False) >= peak(checkpointing=True)
+    assert peak(checkpointing="none") >= peak(checkpointing="full")
     assert peak(targets=["attention", "shared", "experts"]) >= now
 
 
@@ -159,7 +159,7 @@ GREEDY = {
     "model": {"experts": "bf16"},
     "data": {"sequence_length": 8192},
     "adapters": {"targets": ["attention", "shared", "experts"]},
-    "train": {"micro_batch": 4, "gradient_checkpointing": False, "loss_chunk": 65536},
+    "train": {"micro_batch": 4, "checkpointing": "none", "loss_chunk": 65536},
 }
 
 
@@ -185,7 +185,7 @@ def test_each_proposal_is_planned_and_fits(budget):
 def test_single_changes_before_pairs():
     roomy = planner.proposals(make(**GREEDY), FULL, "cuda", 3000, 560 * GIB)
     assert [len(p.changes) for p in roomy] == [1] * len(roomy)
-    assert roomy[0].changes[0].startswith("train.gradient_checkpointing: true")
+    assert roomy[0].changes[0].startswith("train.checkpointing: full")
     tight = planner.proposals(make(**GREEDY), FULL, "cuda", 3000, 280 * GIB)
     assert {len(p.changes) for p in tight} == {2}
 

@@ -12,6 +12,7 @@ parameters, b bytes of the compute dtype.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ms4 import spec
-from ms4.config import RunConfig, Target
+from ms4.config import Preset, RunConfig
 from ms4.device import GIB, DeviceKind, find_device
 from ms4.errors import Ms4Error
 from ms4.manifest import read_manifest, write_manifest
@@ -135,7 +136,7 @@ def weights(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind) -> dict[
 
 
 @lru_cache(maxsize=64)
-def adapter_parameters(dims: spec.Dimensions, target: Target, rank: int) -> int:
+def adapter_parameters(dims: spec.Dimensions, target: Preset, rank: int) -> int:
     """LoRA parameters of a target: r · (in + out) for each matrix, of each expert its own."""
     return rank * sum(
         math.prod(tensor.shape[:-2]) * sum(tensor.shape[-2:])
@@ -146,7 +147,8 @@ def adapter_parameters(dims: spec.Dimensions, target: Target, rank: int) -> int:
 
 def _adapters(config: RunConfig, dims: spec.Dimensions) -> int:
     return sum(
-        adapter_parameters(dims, target, config.adapters.rank) for target in config.adapters.targets
+        adapter_parameters(dims, preset, config.adapters.rank_of(preset))
+        for preset in config.adapters.presets
     )
 
 
@@ -209,8 +211,9 @@ def plan(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind) -> Plan:
         "process": PROCESS_BYTES[kind],
     }
     saved = layer_saved(dims, tokens, width)
-    live = 1 if train.gradient_checkpointing else dims.layers
-    kept = 0 if train.gradient_checkpointing else live * saved  # when the loss is computed
+    everything = train.checkpointing == "none"
+    live = dims.layers if everything else 1
+    kept = live * saved if everything else 0  # when the loss is computed
     chunk, logit_bytes = min(train.loss_chunk, tokens), 4 * 2 + (width if width < 4 else 0)
     moments = {
         # Logits of a chunk and their gradient in FP32, and one of them in a narrower dtype.
@@ -258,8 +261,8 @@ def _changed(config: RunConfig, section: str, **values: Any) -> RunConfig:
 def _changes(config: RunConfig, longest: int) -> Iterator[Change]:
     """Single changes in the order of what they cost: time, then exactness, then what is learned."""
     train, adapters = config.train, config.adapters
-    if not train.gradient_checkpointing:
-        yield "train", {"gradient_checkpointing": True}, "a third more compute"
+    if train.checkpointing == "none":
+        yield "train", {"checkpointing": "full"}, "a third more compute"
     if train.micro_batch > 1:
         sequences = train.micro_batch * train.accumulation
         yield "train", {"micro_batch": 1, "accumulation": sequences}, "the same steps, slower"
@@ -270,17 +273,22 @@ def _changes(config: RunConfig, longest: int) -> Iterator[Change]:
     half = config.data.sequence_length // 2
     if half >= max(longest, 16):
         yield "data", {"sequence_length": half}, f"the longest sample has {longest} tokens"
-    rest = tuple(target for target in adapters.targets if target != "experts")
-    if rest and rest != adapters.targets:
-        yield "adapters", {"targets": rest}, "routed experts stay as they are"
-    if adapters.rank > 1:
-        rank = 8 if adapters.rank > 8 else adapters.rank // 2
-        yield "adapters", {"rank": rank}, "adapters that can hold less"
+    rest = tuple(preset for preset in adapters.presets if preset != "experts")
+    if rest and rest != adapters.presets:
+        fewer: dict[str, Any] = {"targets": rest}
+        if adapters.expert_rank is not None:
+            fewer["expert_rank"] = None
+        yield "adapters", fewer, "routed experts stay as they are"
+    ranks = {"rank": adapters.rank, "expert_rank": adapters.expert_rank}
+    less = {name: 8 if r > 8 else max(1, r // 2) for name, r in ranks.items() if r is not None}
+    if any(less[name] != ranks[name] for name in less):
+        yield "adapters", less, "adapters that can hold less"
 
 
 def _told(section: str, values: Mapping[str, Any], cost: str = "") -> str:
     fields = [
-        f"{section}.{name}: " + (f"[{', '.join(v)}]" if isinstance(v, tuple) else str(v).lower())
+        f"{section}.{name}: "
+        + (f"[{', '.join(v)}]" if isinstance(v, tuple) else json.dumps(v).strip('"'))
         for name, v in values.items()
     ]
     return " with ".join(fields) + (f" ({cost})" if cost else "")
@@ -288,11 +296,11 @@ def _told(section: str, values: Mapping[str, Any], cost: str = "") -> str:
 
 def least(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind, longest: int) -> Proposal:
     """The smallest run of this model on this data: everything that the configuration can lower."""
-    target = min(config.adapters.targets, key=lambda name: adapter_parameters(dims, name, 1))
+    target = min(config.adapters.presets, key=lambda name: adapter_parameters(dims, name, 1))
     changes: dict[str, dict[str, Any]] = {
-        "train": {"gradient_checkpointing": True, "micro_batch": 1, "loss_chunk": 1},
+        "train": {"checkpointing": "full", "micro_batch": 1, "loss_chunk": 1},
         "data": {"sequence_length": min(config.data.sequence_length, max(16, longest))},
-        "adapters": {"rank": 1, "targets": (target,)},
+        "adapters": {"rank": 1, "expert_rank": None, "targets": (target,)},
     }
     found = []
     # BF16 experts need no scratch on CUDA, which can be less for a model of few layers.

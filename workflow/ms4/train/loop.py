@@ -119,7 +119,7 @@ def run_stage(config: RunConfig) -> None:
     model = load_model(BASE, manifests["descale"]["experts"], device, dtype)
     matches = lora.add_adapters(model, config.adapters, spec.read_dimensions(BASE))
     _print_matches(matches)
-    if config.train.gradient_checkpointing:
+    if config.train.checkpointing != "none":
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
     parameters = lora.trainable(model)
