@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from ms4 import spec
-from ms4.config import RunConfig, TrainSection
+from ms4.config import AdaptersSection, RunConfig, TrainSection
 from ms4.data.dataset import load_packed
 from ms4.errors import Ms4Error
 from ms4.manifest import check_files, file_entry, read_manifest, sha256_json, write_json
@@ -97,11 +97,20 @@ def stop_on_sigterm() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _print_matches(matches: list[lora.Match]) -> None:
-    table = Table("adapters", "tensors", "parameters")
+def _print_matches(matches: list[lora.Match], adapters: AdaptersSection) -> None:
+    table = Table("adapters", "rank", "scaling", "dropout", "tensors", "parameters")
     for match in matches:
-        table.add_row(match.target, str(match.tensors), f"{match.parameters:,}")
+        table.add_row(
+            match.target,
+            str(match.rank),
+            f"{adapters.scaling(match.target):.4g}",
+            "none" if match.target == "experts" else f"{adapters.dropout:g}",
+            str(match.tensors),
+            f"{match.parameters:,}",
+        )
     Console().print(table)
+    total = sum(match.parameters for match in matches)
+    print(f"{total:,} adapter parameters, held in {adapters.dtype}.")
 
 
 def run_stage(config: RunConfig) -> None:
@@ -118,7 +127,7 @@ def run_stage(config: RunConfig) -> None:
     prepare_torch(config.run, config.seed)
     model = load_model(BASE, manifests["descale"]["experts"], device, dtype)
     matches = lora.add_adapters(model, config.adapters, spec.read_dimensions(BASE))
-    _print_matches(matches)
+    _print_matches(matches, config.adapters)
     if config.train.checkpointing != "none":
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
