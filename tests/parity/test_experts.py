@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ms4.model import experts
+from ms4.model import experts, stores
 from ms4.weights import nf4
 
 from .conftest import relative
@@ -18,15 +18,16 @@ class Module(nn.Module):
     def __init__(self, store, with_lora=True, count=E):
         super().__init__()
         self.act_fn = nn.SiLU()
+        self.workspace = stores.Workspace.on(torch.device("cpu"))
         shapes = {"gate_up": (count, 2 * I, H), "down": (count, H, I)}
         for name, shape in shapes.items():
             weight = torch.randn(shape) / 8
             if store == "nf4":
-                made = experts.NF4Store(shape, "cpu")
+                made = stores.NF4Store(shape, "cpu")
                 for suffix, value in nf4.quantize(weight.bfloat16()).by_suffix().items():
                     getattr(made, suffix[1:]).data = value
             else:
-                made = experts.BF16Store(shape, "cpu")
+                made = stores.BF16Store(shape, "cpu")
                 made.weight.data = weight.bfloat16()
             self.add_module(f"{name}_proj", made)
             lora = experts.ExpertLora(shape, R, 0.5) if with_lora else None
