@@ -26,10 +26,10 @@ from ms4.data.dataset import load_packed
 from ms4.errors import Ms4Error
 from ms4.manifest import check_files, file_entry, read_manifest, sha256_json, write_json
 from ms4.manifest import write_manifest as write_stage_manifest
-from ms4.model import lora
+from ms4.model import checkpointing, lora
 from ms4.model.build import choose_device, load_model, prepare_torch
 from ms4.plan import total_steps
-from ms4.train import metrics, state
+from ms4.train import metrics, optim, state
 from ms4.train.batches import loss_sum, step_batches
 
 BASE = Path("weights/base")
@@ -124,19 +124,17 @@ def run_stage(config: RunConfig) -> None:
 
     device, dtype, why = choose_device(config.run)
     print(f"train: on {why}; {steps} steps")
+    optim.check_device(config.train, device)
     prepare_torch(config.run, config.seed)
     model = load_model(BASE, manifests["descale"]["experts"], device, dtype)
     matches = lora.add_adapters(model, config.adapters, spec.read_dimensions(BASE))
     _print_matches(matches, config.adapters)
-    if config.train.checkpointing != "none":
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    policy = "full" if config.train.checkpointing == "auto" else config.train.checkpointing
+    checkpointing.apply(model, policy, config.train.offload_activations)
+    print(f"train: checkpointing {policy}; {config.train.optimizer}")
     model.train()
     parameters = lora.trainable(model)
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()),
-        lr=config.train.learning_rate,
-        weight_decay=config.train.weight_decay,
-    )
+    optimizer = optim.make(config.train, parameters.values())
     progress = state.restore(parameters, optimizer, run)
     metrics.keep_until(progress.step)
     if progress.step:
@@ -154,19 +152,25 @@ def run_stage(config: RunConfig) -> None:
             )
             # One normalizer for the whole step: a token weighs the same in whatever batch it is.
             trained = sum(batch.trained for batch in batches)
-            loss = 0.0
+            total = torch.zeros((), dtype=torch.float64, device=device)
             for batch in batches:
                 part = loss_sum(model, batch.to(device), config.train.loss_chunk) / max(trained, 1)
                 part.backward()
-                loss += part.item()
+                total += part.detach()
+            loss = total.item()
             if not math.isfinite(loss):
                 raise Ms4Error(
                     f"step {step + 1}: the loss is {loss}; the last checkpoint is kept. Lower "
-                    f"train.learning_rate (it is {config.train.learning_rate})."
+                    f"train.learning_rate (it is {config.train.learning_rate:g})."
                 )
             if step < 2:
                 assert_adapters_learn(parameters, step)
-            norm = nn.utils.clip_grad_norm_(parameters.values(), config.train.max_grad_norm)
+            norm = optim.clip_gradients(parameters.values(), config.train.max_grad_norm)
+            if not math.isfinite(norm):
+                raise Ms4Error(
+                    f"step {step + 1}: the gradients' norm is {norm}; the last checkpoint is kept. "
+                    f"Lower train.learning_rate (it is {config.train.learning_rate:g})."
+                )
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - started
@@ -181,7 +185,7 @@ def run_stage(config: RunConfig) -> None:
                     "step": progress.step,
                     "loss": loss,
                     "learning_rate": rate,
-                    "grad_norm": float(norm),
+                    "grad_norm": norm,
                     "tokens": tokens,
                     "trained_tokens": trained,
                     "seconds": round(seconds, 4),
