@@ -348,7 +348,8 @@ def experts_forward_plain(
             if store is module.gate_up_proj:
                 gate, up = x.chunk(2, dim=-1)
                 x = module.act_fn(gate) * up
-        result_TH = result_TH.index_add(0, rows, x * weights_TK[rows, route][:, None])
+        share = weights_TK[rows, route][:, None].to(x.dtype)
+        result_TH = result_TH.index_add(0, rows, x * share)
     return result_TH
 
 

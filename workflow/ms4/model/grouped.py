@@ -18,7 +18,9 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def _for_kernel(*matrices: torch.Tensor) -> bool:
     """Whether torch's grouped product takes these; it has no float64 and no odd widths."""
     return all(
-        m.dtype in KERNEL_DTYPES and all(s == 1 or s * m.itemsize % WHOLE == 0 for s in m.stride())
+        m.dtype in KERNEL_DTYPES
+        and m.stride().count(1) == 1
+        and all(step == 1 or step * m.itemsize % WHOLE == 0 for step in m.stride())
         for m in matrices
     )
 
