@@ -28,9 +28,10 @@ from ms4.manifest import check_files, file_entry, read_manifest, sha256_json, wr
 from ms4.manifest import write_manifest as write_stage_manifest
 from ms4.model import checkpointing, lora
 from ms4.model.build import choose_device, load_model, prepare_torch
+from ms4.model.module import PackedLoss
 from ms4.plan import total_steps
 from ms4.train import metrics, optim, state
-from ms4.train.batches import loss_sum, step_batches
+from ms4.train.batches import step_batches
 
 BASE = Path("weights/base")
 ADAPTER = Path("results/adapter")
@@ -113,6 +114,15 @@ def _print_matches(matches: list[lora.Match], adapters: AdaptersSection) -> None
     print(f"{total:,} adapter parameters, held in {adapters.dtype}.")
 
 
+def say_peak(measured: float, planned: float) -> None:
+    """Print the measured peak beside the planned one, both in GiB."""
+    share = measured / planned - 1
+    print(
+        f"train: peak memory {measured:.2f} GiB, planned {planned:.2f} GiB ({share:+.1%})",
+        flush=True,
+    )
+
+
 def run_stage(config: RunConfig) -> None:
     """Train, and write `results/adapter/` and `results/train.json`."""
     manifests = {stage: read_manifest(path, stage) for stage, path in INPUTS.items()}
@@ -133,6 +143,7 @@ def run_stage(config: RunConfig) -> None:
     checkpointing.apply(model, policy, config.train.offload_activations)
     print(f"train: checkpointing {policy}; {config.train.optimizer}")
     model.train()
+    module = PackedLoss(model, config.train.loss_chunk)
     parameters = lora.trainable(model)
     optimizer = optim.make(config.train, parameters.values())
     progress = state.restore(parameters, optimizer, run)
@@ -154,7 +165,7 @@ def run_stage(config: RunConfig) -> None:
             trained = sum(batch.trained for batch in batches)
             total = torch.zeros((), dtype=torch.float64, device=device)
             for batch in batches:
-                part = loss_sum(model, batch.to(device), config.train.loss_chunk) / max(trained, 1)
+                part = module(batch.to(device)) / max(trained, 1)
                 part.backward()
                 total += part.detach()
             loss = total.item()
@@ -196,6 +207,8 @@ def run_stage(config: RunConfig) -> None:
             due = progress.step % config.train.checkpoint_every == 0 or progress.step == steps
             if due or stop:
                 state.save(progress, parameters, optimizer, run)
+            if progress.step in (2, steps):
+                say_peak(metrics.memory_gib(device), manifests["plan"]["peak_gib"])
             if stop:
                 raise Ms4Error(
                     f"stopped by SIGTERM after step {progress.step}; a checkpoint is saved, the "
@@ -210,6 +223,7 @@ def run_stage(config: RunConfig) -> None:
             "threads": torch.get_num_threads(),
             "seconds": round(progress.seconds, 1),
             "peak_memory_gib": round(metrics.memory_gib(device), 3),
+            "planned_memory_gib": manifests["plan"]["peak_gib"],
             "resumed": progress.resumed,
         },
     )
