@@ -139,7 +139,9 @@ def run_stage(config: RunConfig) -> None:
     model = load_model(BASE, manifests["descale"]["experts"], device, dtype)
     matches = lora.add_adapters(model, config.adapters, spec.read_dimensions(BASE))
     _print_matches(matches, config.adapters)
-    policy = "full" if config.train.checkpointing == "auto" else config.train.checkpointing
+    policy = config.train.checkpointing
+    if policy == "auto":
+        policy = manifests["plan"].get("checkpointing", "full")
     checkpointing.apply(model, policy, config.train.offload_activations)
     print(f"train: checkpointing {policy}; {config.train.optimizer}")
     model.train()
@@ -223,7 +225,6 @@ def run_stage(config: RunConfig) -> None:
             "threads": torch.get_num_threads(),
             "seconds": round(progress.seconds, 1),
             "peak_memory_gib": round(metrics.memory_gib(device), 3),
-            "planned_memory_gib": manifests["plan"]["peak_gib"],
             "resumed": progress.resumed,
         },
     )
