@@ -2,15 +2,16 @@
 
 - `full`: its input alone; the layer runs again in the backward pass.
 - `selective`: beside that, what costs more to compute than to hold: results of dense products that
-  are no wider than what they are made of (q_a, kv_a, o, the shared experts' gate and up, A of each
-  adapter), and attention's own. Each of their elements takes as many multiplications as the input
-  is wide. Attention's queries, keys and values, norms, and all of the routed experts run again.
+  are no wider than what they are made of (q_a, kv_a, o, the shared experts' gate and up, the
+  router, A of each adapter), and attention's own. Each of their elements takes as many
+  multiplications as the input is wide. Attention's queries, keys and values, norms, and all of the
+  routed experts run again.
 - `none`: everything; nothing runs again.
 
 At the model's real size, in BF16, a layer holds for each token: `full` 8 KiB; `selective` another
-26.9 KiB (q_a 2, kv_a 0.6, attention 8.1, o 8, gate and up 4 each) and 2 bytes times the ranks of
-the A's, which spares 39 of the 54 million multiplications of its dense products, and attention;
-`none` some 300 KiB. The experts' gate and up would take 32 KiB more.
+27 KiB (q_a 2, kv_a 0.6, attention 8.1, o 8, gate and up 4 each, router 0.3) and 2 bytes times the
+ranks of the A's, which spares 39 of the 53 million multiplications of its dense products, and
+attention; `none` some 200 KiB, 32 of them the routed experts' gate and up.
 
 Losses and gradients are the same under each: what runs again runs with the same random numbers.
 """
