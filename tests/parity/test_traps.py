@@ -156,7 +156,8 @@ def test_8_the_experts_run_where_there_are_no_numbers(kind):
         return [12, 24, 36]
 
     module = Module(kind, E=3, H=64, I=32)
-    module.workspace = stores.Workspace(read=spread)
+    # Of bitsandbytes' two kernels the one that writes into held memory refuses every shape there.
+    module.workspace = stores.Workspace(read=spread, held=kind != "nf4")
     module = module.to("meta")
     # torch's grouped product has no other dtype there.
     options = {"device": "meta", "dtype": torch.bfloat16}
