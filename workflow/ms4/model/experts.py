@@ -35,9 +35,9 @@ RANK_STEP = 8
 """Ranks are padded to a multiple of this: 16 bytes in BF16."""
 SELECT_SHARE = 0.7
 """Where at most this share of a slice's experts has rows, only those are dequantized. Their packed
-weights are gathered first, which for NF4 moves half a byte a weight in and out, against half a byte
-in and two out for dequantizing: n of N experts cost 3.5·n or, without gathering, 2.5·N. So 128
-experts that four of them share a token are selected up to about 40 tokens: in generation."""
+weights are gathered first. In NF4 that moves half a byte a weight in and out, and dequantizing half
+a byte in and two out: n of N experts take 3.5·n with gathering and 2.5·N without, the same at 0.71.
+With 128 experts and four a token that share is passed at about 40 tokens: it is for generation."""
 
 
 class ExpertLora(nn.Module):
