@@ -126,8 +126,8 @@ class AdaptersSection(Section):
     routed experts' adapters have none."""
 
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """How adapter weights are held while they train. `bf16` takes half of the memory and learns less
-    at small learning rates: a step of less than 1/512 of a weight is lost."""
+    """How adapter weights are held while they train. `bf16` takes half of the memory and learns
+    less at small learning rates: a step of less than 1/512 of a weight is lost."""
 
     @field_validator("targets")
     @classmethod
