@@ -222,7 +222,8 @@ class _Experts(torch.autograd.Function):
         of_down = _Gradients(factors[2:], any(ctx.needs_input_grad[8:]))
         weights_S = weights_TK.reshape(-1)
         of_weights_S = torch.zeros_like(weights_S)
-        of_x_SH = hidden_TH.new_empty(len(order_S), hidden_TH.shape[1])
+        rows = len(order_S) if ctx.needs_input_grad[0] else 0
+        of_x_SH = hidden_TH.new_empty(rows, hidden_TH.shape[1])
         for part, both in zip(
             _slices(offsets_E, ctx.ends, ctx.projections, hidden_TH), kept, strict=True
         ):
@@ -251,7 +252,7 @@ class _Experts(torch.autograd.Function):
             del of_a_SI, silu, of_gate, of_up
             lora = gate_up.lora(factors[:2], part, hidden_TH.dtype)
             thin_g = lora.thin_gradient(of_both, part) if lora is not None else None
-            if ctx.needs_input_grad[0]:
+            if rows:
                 of_x_SH[part.rows] = gate_up.backward(of_both, lora, thin_g, part)
             if lora is not None and thin_g is not None:
                 x_SH = hidden_TH.index_select(0, routes // K)
