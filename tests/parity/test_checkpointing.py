@@ -13,6 +13,7 @@ from ms4.model import checkpointing, lora
 from ms4.model.build import load_model
 from ms4.train.batches import collate, loss_sum
 
+from .conftest import relative
 from .test_adapters import stir
 from .test_model import documents
 
@@ -59,7 +60,8 @@ def test_every_policy_gives_the_same_loss_and_gradients(bases, device, dropout):
     for found in results[1:]:
         assert len(found) == 81
         for one, other in zip(found, results[0], strict=True):
-            assert torch.equal(one, other)
+            # CUDA's attention adds up its gradients in any order here.
+            assert torch.equal(one, other) if device.type == "cpu" else relative(one, other) < 0.02
 
 
 class Held(TorchDispatchMode):

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 
 from ms4 import spec
-from ms4.config import AdaptersSection, TrainSection
+from ms4.config import AdaptersSection, RunSection, TrainSection
 from ms4.errors import Ms4Error
 from ms4.model import checkpointing, lora
-from ms4.model.build import load_model
+from ms4.model.build import load_model, prepare_torch
 from ms4.train import optim, state
 from ms4.train.batches import collate, loss_sum
 
@@ -27,6 +27,12 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def skip_paged_on_the_cpu(kind, device):
     if kind == "paged_adamw_8bit" and device.type == "cpu":
         pytest.skip("refused there, see below")
@@ -36,7 +42,7 @@ class Training:
     """The core of the loop: the tiny model with dropout, a batch that follows from the step."""
 
     def __init__(self, bases, device, kind, dtype):
-        torch.manual_seed(0)
+        prepare_torch(RunSection(threads=2), 0)
         compute = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.device = device
         self.model = load_model(bases["nf4"] / "weights/base", "nf4", device, compute)

@@ -141,7 +141,7 @@ def run_stage(config: RunConfig) -> None:
     _print_matches(matches, config.adapters)
     policy = config.train.checkpointing
     if policy == "auto":
-        policy = manifests["plan"].get("checkpointing", "full")
+        policy = manifests["plan"]["checkpointing"]
     checkpointing.apply(model, policy, config.train.offload_activations)
     print(f"train: checkpointing {policy}; {config.train.optimizer}")
     model.train()
