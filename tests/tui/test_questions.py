@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms4 import plan, spec
+from ms4 import memory, spec
 from ms4.device import GIB
 from ms4.errors import Ms4Error
 from ms4_wizard.questions import (
@@ -200,7 +200,7 @@ def test_sizes_that_the_choices_name() -> None:
     """They are text; the planner computes the same."""
     full = spec.Dimensions()
     share = spec.parameters_by_role(full)["experts"] / spec.PUBLISHED_PARAMETERS
-    sizes = {kind: plan.expert_bytes(full, kind) / GIB for kind in ("nf4", "bf16")}
+    sizes = {kind: memory.expert_bytes(full, kind) / GIB for kind in ("nf4", "bf16")}
     question = QUESTIONS["model.experts"]
     assert f"{share:.0%}".replace("%", " %") in question.advice
     meanings = {choice.value: choice.meaning for choice in question.choices}
