@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ms4 import config
 from ms4.cli import run_stage
+from ms4.weights.convert import descale_directory
 
 
 def settings(checkpoint: Path, **model):
@@ -26,7 +27,8 @@ def settings(checkpoint: Path, **model):
 
 @pytest.fixture(scope="session")
 def bases(checkpoint, tmp_path_factory) -> dict[str, Path]:
-    """Project directories with a converted and verified base, by the experts' storage."""
+    """Project directories with a converted base, by the experts' storage; in BF16 and NF4 after
+    the stages that make and verify it."""
     before = Path.cwd()
     made = {}
     for kind in ("bf16", "nf4"):
@@ -35,6 +37,8 @@ def bases(checkpoint, tmp_path_factory) -> dict[str, Path]:
         for stage in ("fetch", "descale", "verify"):
             run_stage(stage, settings(checkpoint, experts=kind))
     os.chdir(before)
+    made["fp8"] = tmp_path_factory.mktemp("fp8")
+    descale_directory(checkpoint, made["fp8"] / "weights/base", "fp8", "plain")
     return made
 
 
@@ -60,4 +64,13 @@ def _two_threads():
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     """Norm-wise error of a against the reference b."""
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    """Each device that a numeric test runs on; CUDA under the mark `gpu`."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return torch.device(request.param)

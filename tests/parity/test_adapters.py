@@ -1,8 +1,11 @@
 """Adapters: what they match, that they learn, and that PEFT loads what is saved."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors import safe_open
 
 from ms4 import spec
@@ -20,10 +23,10 @@ CPU = torch.device("cpu")
 ALL = ("attention", "shared", "experts")
 
 
-def adapted(bases, kind="bf16", targets=ALL, rank=5, alpha=8.0):
+def adapted(bases, kind="bf16", targets=ALL, rank=5, alpha=8.0, **changes):
     torch.manual_seed(0)
     model = load_model(bases[kind] / "weights/base", kind, CPU, torch.float32)
-    settings = AdaptersSection(targets=targets, rank=rank, alpha=alpha)
+    settings = AdaptersSection(targets=targets, rank=rank, alpha=alpha, **changes)
     return model, settings, lora.add_adapters(model, settings, spec.TINY)
 
 
@@ -35,17 +38,73 @@ def stir(model):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("targets", "tensors"),
-    [(("attention",), [40]), (("shared",), [24]), (("experts",), [16]), (ALL, [40, 24, 16])],
+    [
+        (("attention",), {"attention": 40}),
+        (("shared",), {"shared": 24}),
+        (("experts",), {"experts": 16}),
+        (("experts", "attention"), {"attention": 40, "experts": 16}),
+        (("all",), {"attention": 40, "shared": 24, "experts": 16}),
+    ],
+    ids=str,
 )
-def test_matches(bases, targets, tensors):
-    model, _, matches = adapted(bases, targets=targets)
-    assert [match.tensors for match in matches] == tensors
+def test_matches(bases, targets, tensors, dtype):
+    model, _, matches = adapted(bases, targets=targets, dtype=dtype, **experts_rank(targets))
+    assert {match.target: match.tensors for match in matches} == tensors
+    assert {m.target: m.rank for m in matches} == {
+        name: 2 if name == "experts" else 5 for name in tensors
+    }
     named = lora.trainable(model)
     assert sum(match.parameters for match in matches) == sum(p.numel() for p in named.values())
-    assert all(p.dtype == torch.float32 for p in named.values())
+    assert {p.dtype for p in named.values()} == {lora.DTYPES[dtype]}
     assert not any("vision" in name or "lm_head" in name for name in named)
+
+
+def experts_rank(targets):
+    return {"expert_rank": 2} if {"all", "experts"} & set(targets) else {}
+
+
+def test_a_surprising_match_is_refused(bases):
+    """A model that has more layers of these names than its table, or none."""
+    more = load_model(bases["bf16"] / "weights/base", "bf16", CPU, torch.float32)
+    with pytest.raises(Ms4Error, match=r"`attention` matched 40 adapter tensors .* not 30 of"):
+        lora.add_adapters(more, AdaptersSection(), replace(spec.TINY, layers=3))
+    with pytest.raises(Ms4Error, match=r"`shared` matched 0 adapter tensors of 0 parameters"):
+        lora.add_adapters(torch.nn.Linear(2, 2), AdaptersSection(targets=("shared",)), spec.TINY)
+
+
+def test_dropout_is_of_dense_inputs_and_of_training_alone(bases):
+    model, _, _ = adapted(bases, "nf4", targets=("all",), dropout=0.5)
+    plain, _, _ = adapted(bases, "nf4", targets=("all",))
+    stir(model), stir(plain)
+    tokens = torch.arange(1000, 1030)[None]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, plain(input_ids=tokens).logits)
+        one, other = (model.train()(input_ids=tokens).logits for _ in range(2))
+        assert relative(one, other) > 1e-3
+        for layer in model.modules():
+            if isinstance(layer, lora.DenseLora):
+                layer.enabled = False
+        assert torch.equal(model(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+def test_dense_adapter_against_its_formula():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(24, 40, bias=False).requires_grad_(False)
+    layer = lora.DenseLora(base, 5, 1.75, 0.0, torch.float32)
+    layer.lora_B.data.normal_()
+    x = torch.randn(2, 7, 24, requires_grad=True)
+    wanted = x @ (base.weight + 1.75 * layer.lora_B @ layer.lora_A).T
+    inputs, g = (x, layer.lora_A, layer.lora_B), torch.randn(2, 7, 40)
+    assert relative(layer(x).detach(), wanted.detach()) < 1e-6
+    for found, reference_ in zip(
+        torch.autograd.grad(layer(x), inputs, g),
+        torch.autograd.grad(wanted, inputs, g),
+        strict=True,
+    ):
+        assert relative(found, reference_) < 1e-5
 
 
 def test_untuned_adapters_change_nothing(bases):
@@ -61,10 +120,24 @@ def test_untuned_adapters_change_nothing(bases):
     assert relative(tuned, fresh) > 1e-3
 
 
-@pytest.mark.parametrize("targets", [("attention",), ("experts",), ALL])
-def test_peft_loads_it_onto_transformers_own_model(checkpoint, bases, tmp_path, targets):
-    """Rank 5, 8 experts, B not zero: a wrong expert order would show."""
-    model, settings, _ = adapted(bases, targets=targets)
+@pytest.mark.filterwarnings("error:.*rank_pattern")
+@pytest.mark.parametrize(
+    ("targets", "changes"),
+    [
+        (("attention",), {}),
+        (("shared",), {"dtype": "bf16"}),
+        (("experts",), {"rslora": True}),
+        (("experts",), {"expert_rank": 3}),
+        (("attention", "shared"), {"rslora": True, "dropout": 0.5}),
+        (("attention", "experts"), {"dtype": "bf16", "expert_rank": 7}),
+        (("all",), {}),
+        (("all",), {"expert_rank": 2, "rslora": True, "dropout": 0.1}),
+    ],
+    ids=str,
+)
+def test_peft_loads_it_onto_transformers_own_model(checkpoint, bases, tmp_path, targets, changes):
+    """Rank 5, 8 experts, B not zero: a wrong expert order or scaling would show."""
+    model, settings, _ = adapted(bases, targets=targets, **changes)
     stir(model)
     lora.save(model, tmp_path, settings, "tiny")
     theirs = PeftModel.from_pretrained(reference(checkpoint), tmp_path)
@@ -75,6 +148,23 @@ def test_peft_loads_it_onto_transformers_own_model(checkpoint, bases, tmp_path, 
             untuned = theirs(input_ids=tokens).logits
     assert relative(found, wanted) < 1e-5
     assert relative(untuned, wanted) > 1e-3
+    # As PEFT counts: nothing of the file was left over, nothing missing was made anew.
+    held = sum(p.numel() for name, p in theirs.named_parameters() if "lora_" in name)
+    assert held == sum(p.numel() for p in lora.trainable(model).values())
+
+
+def test_saved_settings_hold_what_peft_accepts(checkpoint, bases, tmp_path):
+    """Dropout beside `target_parameters` would make PEFT refuse the adapter."""
+    model, settings, _ = adapted(bases, targets=("all",), dropout=0.25, expert_rank=2)
+    lora.save(model, tmp_path, settings, "tiny")
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_dropout"]) == (2, 0.0)
+    assert set(saved["rank_pattern"].values()) == {5}
+    assert len(saved["rank_pattern"]) == 8
+    with_dropout = LoraConfig(**{k: v for k, v in saved.items() if k != "peft_type"})
+    with_dropout.lora_dropout = 0.25
+    with pytest.raises(ValueError, match="dropout"):
+        inject_adapter_in_model(with_dropout, reference(checkpoint))
 
 
 def test_save_and_load_are_inverse(bases, tmp_path):
@@ -119,16 +209,3 @@ def test_a_dead_adapter_stops_the_run(bases):
     loss_sum(model, collate([documents([60, 60])]), 64).backward()
     with pytest.raises(Ms4Error, match=r"4 of 80 adapter tensors get no gradient.*down_lora\.B"):
         assert_adapters_learn(lora.trainable(model), 0)
-
-
-def test_checkpointing_gives_the_same_gradients(bases):
-    batch, results = collate([documents([50, 30])]), []
-    for checkpointing in (False, True):
-        model, _, _ = adapted(bases, "nf4")
-        stir(model)
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        model.train()
-        loss_sum(model, batch, 64).backward()
-        results.append([p.grad for p in lora.trainable(model).values()])
-    assert all(relative(a, b) < 1e-5 for a, b in zip(*results, strict=True))

@@ -14,6 +14,8 @@ from ms4.model.build import load_model
 from ms4.weights.convert import descale_directory
 from tests.commands import CHECKOUT
 
+from . import by_hand
+
 CPU = torch.device("cpu")
 
 
@@ -25,24 +27,37 @@ def stored(base):
 
 
 def in_the_model(name):
-    """Where the model has a base's tensor: by the table's names, but for the packed experts."""
+    """Where the model has a base's tensor: by the table's names, but for the packed experts; None
+    for the scale of a dense tensor, which is used up."""
     for tensor in spec.tensors(spec.TINY):
         if name == tensor.disk:
             return tensor.transformers + (".weight" if tensor.role == "experts" else "")
         if name.startswith(tensor.disk + "."):
             return tensor.transformers + name.removeprefix(tensor.disk)
+        if name in tensor.scales():
+            return f"{tensor.transformers}.scale_inv" if tensor.role == "experts" else None
     raise AssertionError(name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["bf16", "nf4"])
+@pytest.mark.parametrize("kind", ["bf16", "nf4", "fp8"])
 def test_every_parameter_is_the_stored_one(bases, kind, dtype):
     base = bases[kind] / "weights/base"
     model = load_model(base, kind, CPU, dtype)
-    found, wanted = dict(model.named_parameters()), stored(base)
-    assert found.keys() == {in_the_model(name) for name in wanted}
+    found, wanted = dict(model.named_parameters()), {}
+    held = stored(base)
+    for name, tensor in held.items():
+        place = in_the_model(name)
+        if tensor.dtype == torch.float8_e4m3fn:
+            if ".mlp.experts." in name:  # the codes themselves
+                place, tensor = place.removesuffix(".weight") + ".codes", tensor.view(torch.uint8)
+            else:
+                tensor = by_hand.product(tensor, held[f"{name}_scale_inv"])
+        if place is not None:
+            wanted[place] = tensor
+    assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        parameter = found[in_the_model(name)]
+        parameter = found[name]
         packed = ".mlp.experts." in name
         assert parameter.dtype == (tensor.dtype if packed else dtype)
         assert torch.equal(parameter, tensor.to(parameter.dtype)), name
@@ -75,6 +90,21 @@ NORM = "language_model.model.layers.2.input_layernorm.weight"
 def test_what_is_not_the_models_is_named(bases, tmp_path, change, message):
     base = copy(bases["nf4"] / "weights/base", tmp_path, change)
     with pytest.raises(Ms4Error, match=message):
+        load_model(base, "nf4", CPU, torch.float32)
+
+
+def test_a_scale_that_is_missing_is_named(bases, tmp_path):
+    scale = "language_model.model.layers.2.self_attn.o_proj.weight_scale_inv"
+    base = copy(bases["fp8"] / "weights/base", tmp_path, lambda held: held.pop(scale))
+    with pytest.raises(Ms4Error, match=rf"1 missing \({scale}\)"):
+        load_model(base, "fp8", CPU, torch.float32)
+
+
+def test_another_activation_is_refused(bases, tmp_path):
+    base = copy(bases["nf4"] / "weights/base", tmp_path, lambda held: None)
+    settings = base / "config.json"
+    settings.write_text(settings.read_text().replace('"silu"', '"gelu"'))
+    with pytest.raises(Ms4Error, match=r"hidden_act is 'gelu'; the experts .* have `silu`"):
         load_model(base, "nf4", CPU, torch.float32)
 
 

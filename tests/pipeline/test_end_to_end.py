@@ -259,8 +259,8 @@ def test_bf16_experts_without_expert_adapters(finished, tmp_path):
     path = root / "config/config.yaml"
     values = yaml.safe_load(path.read_text())
     values["model"]["experts"] = "bf16"
+    values["train"]["checkpointing"] = "none"
     values["adapters"]["targets"] = ["attention"]
-    values["train"]["gradient_checkpointing"] = False
     path.write_text(yaml.safe_dump(values))
     done = snakemake("--profile", "local", cwd=root)
     assert done.returncode == 0, done.stdout

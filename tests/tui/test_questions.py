@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms4 import plan, spec
+from ms4 import memory, spec
 from ms4.device import GIB
 from ms4.errors import Ms4Error
 from ms4_wizard.questions import (
@@ -60,7 +60,7 @@ def test_question(question: Question) -> None:
 )
 def test_what_runs_is_offered_and_nothing_else(question: Question) -> None:
     offered = {choice.value for choice in question.choices}
-    possible = values(field_type(question.field))
+    possible = values(field_type(question.field)) - {"all"}  # which stands for all the others
     assert offered <= possible
     wrap = (lambda v: [v]) if question.form == "several" else (lambda v: v)
     assert offered == {value for value in possible if accepted(question.field, wrap(value))}
@@ -86,7 +86,7 @@ def test_what_does_not_run_is_refused() -> None:
         ("data.train={a}.jsonl", "data.train", ["{a}.jsonl"]),
         ("data.test={a: b}", "data.test", {"a": "b"}),
         ("data.test.seal=x: y", "data.test.seal", "x: y"),
-        ("train.gradient_checkpointing=false", "train.gradient_checkpointing", "false"),
+        ("train.offload_activations=false", "train.offload_activations", "false"),
         ("where.partition=gpu", "where.partition", "gpu"),
     ],
 )
@@ -200,7 +200,7 @@ def test_sizes_that_the_choices_name() -> None:
     """They are text; the planner computes the same."""
     full = spec.Dimensions()
     share = spec.parameters_by_role(full)["experts"] / spec.PUBLISHED_PARAMETERS
-    sizes = {kind: plan.expert_bytes(full, kind) / GIB for kind in ("nf4", "bf16")}
+    sizes = {kind: memory.expert_bytes(full, kind) / GIB for kind in ("nf4", "bf16")}
     question = QUESTIONS["model.experts"]
     assert f"{share:.0%}".replace("%", " %") in question.advice
     meanings = {choice.value: choice.meaning for choice in question.choices}

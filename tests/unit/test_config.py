@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,8 +86,9 @@ REFUSED = [
         "c.yaml:4: train.learning_rat: unknown key; did you mean `learning_rate`?",
     ),
     (
-        MINIMAL + "adapters: {lora_dropout: 0}\n",
-        "c.yaml:2: adapters.lora_dropout: unknown key; known: targets, rank, alpha",
+        MINIMAL + "adapters: {bias: none}\n",
+        "c.yaml:2: adapters.bias: unknown key; known: targets, rank, expert_rank, alpha, rslora, "
+        "dropout, dtype",
     ),
     # missing
     ("seed: 1\n", "c.yaml: data: is missing; add it"),
@@ -128,7 +128,7 @@ REFUSED = [
     ),
     (
         MINIMAL + "adapters: {targets: [router]}\n",
-        "c.yaml:2: adapters.targets.0: Input should be 'attention', 'shared' or 'experts' "
+        "c.yaml:2: adapters.targets.0: Input should be 'attention', 'shared', 'experts' or 'all' "
         "(it is 'router')",
     ),
     # out of range
@@ -181,6 +181,35 @@ REFUSED = [
     (
         MINIMAL + "adapters: {targets: [shared, attention, shared]}\n",
         "c.yaml: adapters.targets: names a target twice",
+    ),
+    (
+        MINIMAL + "adapters: {targets: [all, shared]}\n",
+        "c.yaml: adapters.targets: names a target twice",
+    ),
+    (
+        MINIMAL + "adapters: {expert_rank: 4}\n",
+        "c.yaml: adapters.expert_rank: adapters.targets names no routed experts; remove it",
+    ),
+    (
+        MINIMAL + "adapters: {targets: [experts], dropout: 0.1}\n",
+        "c.yaml: adapters.dropout: only dense layers have it, and adapters.targets names none. "
+        "Experts' adapters are saved as `target_parameters`, for which PEFT refuses it: "
+        "they change the weight, whose inputs they do not see; set it to 0",
+    ),
+    (
+        MINIMAL + "train: {checkpointing: none, offload_activations: true}\n",
+        "c.yaml: train.offload_activations: without checkpointing no layer's input stands for "
+        "what is recomputed; set train.checkpointing to full or selective",
+    ),
+    (
+        MINIMAL + "train: {optimizer: paged_adamw_8bit}\nrun: {device: cpu}\n",
+        "c.yaml: train.optimizer: `paged_adamw_8bit` pages GPU memory, and the device is a CPU; "
+        "use adamw_8bit",
+    ),
+    (
+        MINIMAL + "train: {offload_activations: true}\nrun: {device: cpu}\n",
+        "c.yaml: train.offload_activations: on a CPU, the device's memory is the host's; set it "
+        "to false",
     ),
     (
         MINIMAL + "evaluate: {min_exact_match: {seal: 0.5}}\n",
@@ -277,9 +306,12 @@ def configurations(draw: st.DrawFn) -> config.RunConfig:
                 st.lists(
                     st.sampled_from(["attention", "shared", "experts"]), min_size=1, unique=True
                 )
+                | st.just(["all"])
             ),
             "rank": draw(st.integers(1, 512)),
             "alpha": draw(st.floats(0, 4096, exclude_min=True)),
+            "rslora": draw(st.booleans()),
+            "dtype": draw(st.sampled_from(["fp32", "bf16"])),
         },
         "train": {
             "steps": draw(st.none() | st.integers(1)),
@@ -287,7 +319,8 @@ def configurations(draw: st.DrawFn) -> config.RunConfig:
             "learning_rate": draw(positive),
             "warmup": draw(st.floats(0, 1, exclude_max=True)),
             "weight_decay": draw(shares()),
-            "gradient_checkpointing": draw(st.booleans()),
+            "checkpointing": draw(st.sampled_from(["full", "selective", "none", "auto"])),
+            "optimizer": draw(st.sampled_from(["adamw", "adamw_8bit"])),
         },
         "evaluate": {
             "efforts": draw(st.sampled_from([["none"], ["high"], ["none", "high"]])),
@@ -350,115 +383,15 @@ def test_demo_is_the_tiny_model(demo_values: dict[str, Any]) -> None:
     assert config.load(CHECKOUT / "config/config.yaml").resolve_source() is None
 
 
-# Which stages a change reruns.
+# What a section works out.
 
 
-CHANGES: list[tuple[str, object, set[str]]] = [
-    ("seed", 7, {"fetch", "train"}),
-    ("model.source", "./elsewhere", {"fetch"}),
-    ("model.experts", "bf16", {"descale", "plan"}),
-    ("model.softmax_scale", "yarn", {"descale"}),
-    ("data.train", ["other.jsonl"], {"preprocess"}),
-    ("data.test", {"seal": "a", "chat": "b", "copy": "c"}, {"preprocess"}),
-    ("data.reasoning", "none", {"preprocess"}),
-    ("data.sequence_length", 512, {"preprocess", "plan"}),
-    ("data.too_long", "drop", {"preprocess"}),
-    ("adapters.targets", ["attention"], {"plan", "train"}),
-    ("adapters.rank", 4, {"plan", "train"}),
-    ("adapters.alpha", 5.0, {"plan", "train"}),
-    ("train.steps", 3, {"plan", "train"}),
-    ("train.learning_rate", 1e-5, {"plan", "train"}),
-    ("train.checkpoint_every", 7, {"plan", "train"}),
-    ("evaluate.efforts", ["none"], {"evaluate"}),
-    ("evaluate.max_samples", 3, {"evaluate"}),
-    ("evaluate.min_exact_match", {}, {"evaluate"}),
-    ("run.device", "cuda", {"plan", "train", "evaluate"}),
-    ("run.threads", 3, {"fetch", "plan", "train", "evaluate"}),
-    ("run.memory_gib", 3.0, {"plan"}),
-]
-
-
-def changed(values: dict[str, Any], field: str, value: object) -> dict[str, Any]:
-    tree = copy.deepcopy(values)
-    *way, last = field.split(".")
-    node = tree
-    for name in way:
-        node = node[name]
-    assert node[last] != value, "no change"
-    node[last] = value
-    return tree
-
-
-def rerun(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
-    one, other = config.check(before, "before"), config.check(after, "after")
-    return {stage for stage in config.STAGES if one.part_hash(stage) != other.part_hash(stage)}
-
-
-@pytest.mark.parametrize(("field", "value", "stages"), CHANGES)
-def test_change_reruns(
-    demo_values: dict[str, Any], field: str, value: object, stages: set[str]
-) -> None:
-    assert rerun(demo_values, changed(demo_values, field, value)) == stages
-
-
-def test_seed_and_threads_do_not_touch_weights_that_are_not_made_here(
-    demo_values: dict[str, Any],
-) -> None:
-    values = changed(demo_values, "model.source", "owner/name")
-    assert rerun(values, changed(values, "seed", 7)) == {"train"}
-    assert rerun(values, changed(values, "run.threads", 3)) == {"plan", "train", "evaluate"}
-    assert rerun(values, changed(values, "model.revision", "abc")) == {"fetch"}
-
-
-def test_a_source_that_is_freed_is_converted_when_it_is_fetched(
-    demo_values: dict[str, Any],
-) -> None:
-    values = changed(demo_values, "model.source", "owner/name")
-    assert rerun(values, changed(values, "model.layout", "native")) == {"fetch"}
-    freed = changed(values, "model.free_source", True)
-    assert rerun(values, freed) == {"fetch"}
-    assert rerun(freed, changed(freed, "model.experts", "bf16")) == {"fetch", "descale", "plan"}
-    assert rerun(freed, changed(freed, "model.softmax_scale", "yarn")) == {"descale"}
-
-
-def test_hashes_differ_between_stages_and_not_between_calls(demo_values: dict[str, Any]) -> None:
-    loaded = config.check(demo_values, "demo")
-    hashes = {stage: loaded.part_hash(stage) for stage in config.STAGES if loaded.part(stage)}
-    assert len(set(hashes.values())) == len(hashes)
-    again = config.check(copy.deepcopy(demo_values), "demo")
-    assert {stage: again.part_hash(stage) for stage in hashes} == hashes
-
-
-# Where the weights are.
-
-
-@pytest.mark.parametrize(
-    ("source", "local"),
-    [
-        ("tiny", None),
-        ("owner/name", None),
-        ("./here", Path("here")),
-        ("../there", Path("../there")),
-        ("/an/absolute/path", Path("/an/absolute/path")),
-        ("here", Path("here")),
-        ("a/b/c", Path("a/b/c")),
-        ("~/weights", Path.home() / "weights"),
-    ],
-)
-def test_source(demo_values: dict[str, Any], source: str, local: Path | None) -> None:
-    demo_values["model"]["source"] = source
-    assert config.check(demo_values, "demo").resolve_source() == local
-
-
-def test_a_directory_beats_a_hub_of_the_same_name(
-    demo_values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner/name").mkdir(parents=True)
-    demo_values["model"]["source"] = "owner/name"
-    assert config.check(demo_values, "demo").resolve_source() == Path("owner/name")
-
-
-def test_data_files_training_first(demo_values: dict[str, Any]) -> None:
-    demo_values["data"] |= {"train": ["b", "a"], "test": {"seal": "c", "chat": "d", "copy": "e"}}
-    assert config.check(demo_values, "demo").data_files() == ("b", "a", "c", "d", "e")
+def test_presets_ranks_and_scaling() -> None:
+    every = config.AdaptersSection(targets=("all",), rank=8, expert_rank=2, alpha=16.0)
+    assert every.presets == config.PRESETS == ("attention", "shared", "experts")
+    assert [every.rank_of(preset) for preset in config.PRESETS] == [8, 8, 2]
+    assert [every.scaling(preset) for preset in config.PRESETS] == [2.0, 2.0, 8.0]
+    stable = every.model_copy(update={"rslora": True, "rank": 64, "expert_rank": 4})
+    assert [stable.scaling(preset) for preset in config.PRESETS] == [2.0, 2.0, 8.0]
+    dense = config.AdaptersSection(targets=("shared", "attention"))
+    assert dense.presets == ("attention", "shared")

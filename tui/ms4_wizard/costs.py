@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from threading import Event
 
-from ms4 import plan, spec
+from ms4 import fitting, plan
 from ms4.config import RunConfig
 from ms4.device import GIB, Device, DeviceKind, find_device
 from ms4.errors import Ms4Error
@@ -28,18 +28,6 @@ class Cost:
     def fits(self) -> bool | None:
         """Whether the plan fits into the budget; None if that is not known."""
         return None if self.budget is None else self.plan.peak <= self.budget
-
-
-def dimensions(configuration: RunConfig) -> spec.Dimensions:
-    """The sizes of the model that is trained. A model on a hub is taken for the published one.
-
-    Raises:
-        Ms4Error: the local directory holds no such model.
-    """
-    if configuration.model.source == "tiny":
-        return spec.TINY
-    directory = configuration.resolve_source()
-    return spec.Dimensions() if directory is None else spec.read_dimensions(directory)
 
 
 @cache
@@ -88,7 +76,10 @@ def cost(answers: Answers) -> Cost:
             raise found
         kind, name = found.kind, f"{found.name} ({found.reason})"
         budget = found.free if budget is None else budget
-    return Cost(plan.plan(configuration, dimensions(configuration), kind), kind, name, budget)
+    dims = plan.dimensions(configuration)
+    policy = plan.choose_checkpointing(configuration, dims, kind, budget)
+    configuration = fitting.changed(configuration, "train", checkpointing=policy)
+    return Cost(plan.plan(configuration, dims, kind), kind, name, budget)
 
 
 def refusal(answers: Answers, found: Cost) -> Ms4Error | None:
@@ -98,7 +89,7 @@ def refusal(answers: Answers, found: Cost) -> Ms4Error | None:
     configuration = answers.configuration()
     error = plan.does_not_fit(
         configuration,
-        dimensions(configuration),
+        plan.dimensions(configuration),
         found.kind,
         configuration.data.sequence_length,  # the longest sample is not known yet
         found.budget,

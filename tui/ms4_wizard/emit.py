@@ -145,7 +145,7 @@ def _readme(answers: Answers) -> str:
     )
     rows = {
         "method": f"{answers.method}, experts in {answers.model.experts}",
-        "adapters": f"{', '.join(adapters.targets)}; rank {adapters.rank}, "
+        "adapters": f"{', '.join(adapters.presets)}; rank {adapters.rank}, "
         f"alpha {adapters.alpha:g}",
         "reasoning": answers.data.reasoning,
         "sequence length": f"{answers.data.sequence_length} tokens",

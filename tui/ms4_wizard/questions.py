@@ -9,16 +9,14 @@ answers file or by `--set`.
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from ms4 import config, yaml_text
-from ms4.errors import Ms4Error, printable
+from ms4 import config, settings
+from ms4.errors import printable
 
 SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}$")]
 """Of a partition or an account. Snakemake evaluates what stands in a profile as Python: quoted,
@@ -285,59 +283,21 @@ def schema() -> str:
 
 
 def field_type(field: str) -> Any:
-    """The type of a dotted field, with its limits.
+    """The type of a dotted field of the answers, with its limits.
 
     Raises:
         Ms4Error: there is no such field.
     """
-    found: Any = Answers
-    limits: list[Any] = []
-    for position, name in enumerate(parts := field.split(".")):
-        if isinstance(found, type) and issubclass(found, BaseModel):
-            known = list(found.model_fields)
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                advice = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
-                raise Ms4Error(f"--set {field}: unknown key `{name}`; {advice}")
-            limits = found.model_fields[name].metadata
-            found = found.model_fields[name].annotation
-        elif get_origin(found) is dict:
-            found, limits = get_args(found)[1], []
-        else:
-            raise Ms4Error(f"--set {field}: `{'.'.join(parts[:position])}` has no keys")
-    return Annotated[found, *limits] if limits else found
+    return settings.field_type(field, Answers)
 
 
 def read_setting(setting: str) -> tuple[str, Any]:
-    """The field and the value of `key=value`.
-
-    The text is taken as it stands if the field can hold it, else as YAML (`[a, b]`), else as the
-    only item of a list. `null` and nothing at all empty a field that may be empty.
+    """The answer and the value of `key=value`.
 
     Raises:
         Ms4Error: there is no such field, or it cannot hold that.
     """
-    field, equals, text = setting.partition("=")
-    if not equals:
-        raise Ms4Error(f"--set {setting}: needs the form key=value, for example seed=1")
-    adapter: TypeAdapter[Any] = TypeAdapter(field_type(field))
-    candidates: list[Any] = [text]
-    if text in ("", "null"):
-        candidates.insert(0, None)
-    # What is not YAML is text, or nothing that the field can hold.
-    with suppress(Ms4Error):
-        tree, _ = yaml_text.parse(f"value: {text}", "")
-        candidates += [tree["value"]] if set(tree) == {"value"} else []
-    candidates.append([text])
-    faults = []
-    for value in candidates:
-        try:
-            adapter.validate_python(value)
-        except ValidationError as error:
-            faults.append(error.errors()[0]["msg"])
-        else:
-            return field, value
-    raise Ms4Error(f"--set {field}: {faults[0]} (it is {text!r})")
+    return settings.read_setting(setting, Answers)
 
 
 class Draft:
@@ -371,13 +331,7 @@ class Draft:
 
     def set(self, field: str, value: Any) -> None:
         """Give a dotted field a value."""
-        *sections, name = field.split(".")
-        place = self.values
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise Ms4Error(f"{field}: `{section}` is not a section of settings")
-        place[name] = value
+        settings.put(self.values, field, value)
 
     def asks(self, question: Question) -> bool:
         """Whether the question is asked, given the other answers."""

@@ -21,6 +21,9 @@ import ms4
 from ms4 import config, lock
 from ms4.errors import Ms4Error, printable
 
+CONFIG = Path("config/config.yaml")
+"""A project's configuration file."""
+
 STAGE_MODULES: dict[str, str] = {
     "fetch": "ms4.weights.hub",
     "descale": "ms4.weights.convert",
@@ -51,6 +54,8 @@ STAGE_USAGE = {
     "descale": "ms4 descale [--config FILE]\n       ms4 descale SOURCE TARGET --to bf16|nf4|fp8 "
     "[--softmax-scale plain|yarn]",
     "verify": "ms4 verify [--config FILE]\n       ms4 verify TARGET [--source SOURCE] [--json]",
+    "plan": "ms4 plan [--config FILE]\n       ms4 plan [--config FILE] [--set KEY=VALUE ...] "
+    "[--budget GIB] [--json]",
 }
 """Of the stages that are useful outside a project too."""
 
@@ -83,17 +88,44 @@ def _verify_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
-ALONE = {"fetch": _fetch_arguments, "descale": _descale_arguments, "verify": _verify_arguments}
+def _plan_arguments(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "In a project: the stage, which measures this machine and writes results/plan.json. With "
+        "--set, --budget or --json, or where there is no project: what a run would take on a GPU "
+        "(run.device=cpu: on a CPU), from the file that --config names or else for the full-size "
+        "model with the defaults; no data and no weights are needed, and nothing is written. "
+        "Throughput, hours and kWh are estimates from published ceilings."
+    )
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set a field, for example --set adapters.rank=16; may be given several times",
+    )
+    command.add_argument("--budget", type=float, metavar="GIB", help="memory of the device in GiB")
+    command.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+ALONE = {
+    "fetch": _fetch_arguments,
+    "descale": _descale_arguments,
+    "verify": _verify_arguments,
+    "plan": _plan_arguments,
+}
 """Stage → what adds its arguments for use outside a project."""
 
 
 def _run_alone(arguments: argparse.Namespace) -> bool:
-    """Run fetch, descale or verify on directories, if the command line names some.
+    """Run fetch, descale or verify on directories, if the command line names some; plan without a
+    project.
 
     Raises:
         Ms4Error: some are named, but not all that it takes.
     """
     command = arguments.command
+    if command == "plan":
+        return _plan_alone(arguments)
     given = {key: value for key, value in vars(arguments).items() if value not in (None, False)}
     if command not in ALONE or not given.keys() - {"command", "config"}:
         return False
@@ -124,6 +156,17 @@ def _run_alone(arguments: argparse.Namespace) -> bool:
             importlib.import_module("ms4.weights.verify").verify_directory(
                 arguments.target, arguments.source, as_json=arguments.json
             )
+    return True
+
+
+def _plan_alone(arguments: argparse.Namespace) -> bool:
+    """Answer `ms4 plan`, unless it is the stage of a project."""
+    asked = arguments.set or arguments.budget is not None or arguments.json
+    if not asked and (arguments.config is not None or CONFIG.is_file()):
+        return False
+    importlib.import_module("ms4.plan").answer(
+        arguments.config, arguments.set, arguments.budget, arguments.json
+    )
     return True
 
 
@@ -266,8 +309,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print_summary(Path())
             case stage:
                 if not _run_alone(arguments):
-                    file = arguments.config or Path("config/config.yaml")
-                    run_stage(stage, config.load(file))
+                    run_stage(stage, config.load(arguments.config or CONFIG))
     except Ms4Error as error:
         print(printable(f"ms4 {arguments.command}: {error}"), file=sys.stderr)
         return 2

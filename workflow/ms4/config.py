@@ -6,18 +6,18 @@ An unknown key is an error. No torch here: the wizard and the planner import it.
 
 from __future__ import annotations
 
-import difflib
 import json
-import reprlib
+import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ms4 import yaml_text
+from ms4.config_faults import describe
 from ms4.errors import Ms4Error
 from ms4.manifest import sha256_json
 
@@ -28,10 +28,14 @@ Effort = Literal["none", "high"]
 """What `[MODEL_SETTINGS]{"reasoning_effort": …}` may say to this model."""
 EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
-Target = Literal["attention", "shared", "experts"]
+Preset = Literal["attention", "shared", "experts"]
+"""Layers that get adapters together."""
+PRESETS: tuple[Preset, ...] = get_args(Preset)
 
-MOST_FAULTS = 50
-"""Faults of one file that are named."""
+Target = Literal[Preset, "all"]
+
+Checkpointing = Literal["full", "selective", "none"]
+"""What a decoder layer keeps for its backward pass; see `ms4.model.checkpointing`."""
 
 Config = TypeVar("Config", bound="RunConfig")
 
@@ -103,13 +107,47 @@ class AdaptersSection(Section):
 
     targets: tuple[Target, ...] = Field(default=("attention", "shared"), min_length=1)
     """`attention`: the five MLA projections; `shared`: the shared experts' three projections;
-    `experts`: all routed experts."""
+    `experts`: all routed experts; `all`: the three together."""
 
     rank: int = Field(default=32, ge=1, le=512)
     """Rank of each adapter."""
 
+    expert_rank: int | None = Field(default=None, ge=1, le=512)
+    """Rank of the routed experts' adapters, of which there are many; null: `rank`."""
+
     alpha: float = Field(default=64.0, gt=0, le=4096)
-    """LoRA alpha: adapters are scaled by alpha / rank."""
+    """LoRA alpha: adapters are scaled by alpha / rank, each by its own rank."""
+
+    rslora: bool = False
+    """Rank-stabilized scaling: by alpha / sqrt(rank)."""
+
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of a dense adapter's inputs (attention, shared experts) that each step leaves out. The
+    routed experts' adapters have none."""
+
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """How adapter weights are held while they train. `bf16` takes half of the memory and learns
+    less at small learning rates: a step of less than 1/512 of a weight is lost."""
+
+    @field_validator("targets")
+    @classmethod
+    def _all_of_them(cls, targets: tuple[Target, ...]) -> tuple[Target, ...]:
+        return PRESETS if targets == ("all",) else targets
+
+    @property
+    def presets(self) -> tuple[Preset, ...]:
+        """What `targets` comes to, in a fixed order."""
+        return tuple(preset for preset in PRESETS if preset in self.targets)
+
+    def rank_of(self, preset: Preset) -> int:
+        """The rank of a preset's adapters."""
+        own = self.expert_rank if preset == "experts" else None
+        return self.rank if own is None else own
+
+    def scaling(self, preset: Preset) -> float:
+        """What a preset's adapters are multiplied by."""
+        rank = self.rank_of(preset)
+        return self.alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 class TrainSection(Section):
@@ -128,7 +166,7 @@ class TrainSection(Section):
     """Forward passes in one optimizer step; their loss is normalized over trained tokens."""
 
     learning_rate: float = Field(default=1e-4, gt=0, le=1)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of the optimizer."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after warm-up: to 0 along a cosine or a line, or not at all."""
@@ -142,14 +180,38 @@ class TrainSection(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this global L2 norm."""
 
-    gradient_checkpointing: bool = True
-    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    checkpointing: Literal[Checkpointing, "auto"] = "auto"
+    """What is recomputed in the backward pass instead of kept: `full`, each layer; `selective`,
+    the insides of attention and experts; `none`. `auto`: the fastest that the plan has room for."""
+
+    offload_activations: bool = False
+    """Keep the layers' inputs, which checkpointing saves, in host memory. Only on a GPU."""
+
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`adamw`: FP32 moments, 8 bytes a parameter; `adamw_8bit`: bitsandbytes' 8-bit ones, 2 bytes;
+    `paged_adamw_8bit`: those, in memory that a GPU that is full moves to the host."""
 
     loss_chunk: int = Field(default=1024, ge=1)
     """Tokens whose logits are held at once by the chunked cross-entropy."""
 
     checkpoint_every: int = Field(default=50, ge=1)
     """Optimizer steps between checkpoints; the last two are kept."""
+
+
+def cpu_faults(train: TrainSection) -> list[str]:
+    """What of `train` a CPU cannot do; `run.device: auto` comes to a CPU only on the machine."""
+    faults = []
+    if train.optimizer == "paged_adamw_8bit":
+        faults.append(
+            "train.optimizer: `paged_adamw_8bit` pages GPU memory, and the device is a CPU; "
+            "use adamw_8bit"
+        )
+    if train.offload_activations:
+        faults.append(
+            "train.offload_activations: on a CPU, the device's memory is the host's; set it to "
+            "false"
+        )
+    return faults
 
 
 class EvaluateSection(Section):
@@ -225,8 +287,7 @@ class RunConfig(Section):
             faults.append("method: `full` does not run in this version; use `lora`")
         if self.model.source == "tiny" and self.model.revision is not None:
             faults.append("model.revision: the tiny model has none; remove it")
-        if len(set(self.adapters.targets)) != len(self.adapters.targets):
-            faults.append("adapters.targets: names a target twice")
+        faults += self._adapter_faults() + self._train_faults()
         unknown = sorted(set(self.evaluate.min_exact_match) - set(self.data.test))
         if unknown:
             faults.append(
@@ -239,6 +300,34 @@ class RunConfig(Section):
         if faults:
             raise ValueError("\n".join(faults))
         return self
+
+    def _adapter_faults(self) -> list[str]:
+        adapters, faults = self.adapters, []
+        # `all` alone has become the three presets.
+        if len(set(adapters.targets)) != len(adapters.targets) or "all" in adapters.targets:
+            faults.append("adapters.targets: names a target twice")
+        if "experts" not in adapters.presets and adapters.expert_rank is not None:
+            faults.append(
+                "adapters.expert_rank: adapters.targets names no routed experts; remove it"
+            )
+        if adapters.dropout and adapters.presets == ("experts",):
+            faults.append(
+                "adapters.dropout: only dense layers have it, and adapters.targets names none. "
+                "Experts' adapters are saved as `target_parameters`, for which PEFT refuses it: "
+                "they change the weight, whose inputs they do not see; set it to 0"
+            )
+        return faults
+
+    def _train_faults(self) -> list[str]:
+        train, faults = self.train, []
+        if train.offload_activations and train.checkpointing == "none":
+            faults.append(
+                "train.offload_activations: without checkpointing no layer's input stands for what "
+                "is recomputed; set train.checkpointing to full or selective"
+            )
+        if self.run.device == "cpu":
+            faults += cpu_faults(train)
+        return faults
 
     def data_files(self) -> tuple[str, ...]:
         """All data files, training files first."""
@@ -283,80 +372,6 @@ class RunConfig(Section):
         return None if source == "tiny" else local_directory(source, start)
 
 
-def _line_of(root: yaml.Node | None, location: tuple[int | str, ...]) -> int | None:
-    """The line (from 1) of the deepest node on the way to `location`, or None."""
-    line, node = None, root
-    for name in location:
-        if isinstance(node, yaml.MappingNode):
-            for key_node, value_node in node.value:
-                if key_node.value == name:
-                    line, node = key_node.start_mark.line + 1, value_node
-                    break
-            else:
-                return line
-        elif isinstance(node, yaml.SequenceNode) and isinstance(name, int):
-            if name >= len(node.value):
-                return line
-            node = node.value[name]
-            line = node.start_mark.line + 1
-        else:
-            return line
-    return line
-
-
-def _known_keys(location: tuple[int | str, ...], model: Any) -> list[str]:
-    """The keys that the section at `location` of `model` may have."""
-    for name in location:
-        field = model.model_fields.get(name) if isinstance(name, str) else None
-        model = field.annotation if field is not None else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            return []
-    return list(model.model_fields)
-
-
-def _describe(
-    error: ValidationError, where: str, root: yaml.Node | None, model: type[RunConfig]
-) -> str:
-    """One line a fault: file, line, field, what is wrong, what to do."""
-    lines = []
-    faults = error.errors()
-    for fault in faults:
-        location = fault["loc"]
-        if fault["type"] == "too_short" and any(
-            other["loc"][:-1] == location for other in faults if len(other["loc"]) > len(location)
-        ):
-            continue  # it was long enough, and its wrong items are named
-        line = _line_of(root, location)
-        place = f"{where}:{line}" if line is not None else where
-        field = ".".join(str(part) for part in location)
-        if fault["type"] == "extra_forbidden":
-            known = _known_keys(location[:-1], model)
-            close = difflib.get_close_matches(str(location[-1]), known, n=1)
-            advice = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(known)}"
-            lines.append(f"{place}: {field}: unknown key; {advice}")
-        elif fault["type"] == "missing":
-            lines.append(f"{place}: {field}: is missing; add it")
-        elif fault["type"] == "value_error" and not location:
-            lines.extend(f"{place}: {text}" for text in str(fault["ctx"]["error"]).splitlines())
-        else:
-            lines.append(f"{place}: {field}: {fault['msg']} (it is {_short(fault['input'])})")
-    more = [f"and {len(lines) - MOST_FAULTS} more"] if len(lines) > MOST_FAULTS else []
-    return "\n".join(lines[:MOST_FAULTS] + more)
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 60
-
-
-def _short(value: Any) -> str:
-    """At most a line of it, at the cost of a line: a person may have given anything."""
-    try:
-        text = _REPR.repr(value)
-    except ValueError:  # Python does not write out a number of more than 4300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def check(
     values: Mapping[str, Any],
     where: str,
@@ -377,7 +392,7 @@ def check(
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise Ms4Error(_describe(error, where, root, model)) from error
+        raise Ms4Error(describe(error, where, root, model)) from error
 
 
 def load(path: Path) -> RunConfig:

@@ -35,6 +35,33 @@ class Device:
     """Why this one."""
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What a maker publishes of a GPU."""
+
+    name: str
+    gib: float
+    """Memory that `nvidia-smi` shows, in GiB."""
+    teraflops: float
+    """Dense BF16 products with FP32 sums, 10¹² operations a second."""
+    gigabytes_per_s: float
+    """Bandwidth of its memory, 10⁹ bytes a second."""
+    watts: int
+    """Its power limit."""
+
+
+GPUS = (
+    Gpu("H200 SXM", 140.4, 989, 4800, 700),
+    Gpu("H100 SXM", 79.6, 989, 3350, 700),
+    Gpu("A100 SXM 80 GB", 80.0, 312, 2039, 400),
+    Gpu("L40S", 45.0, 362, 864, 350),
+    Gpu("A100 SXM 40 GB", 40.0, 312, 1555, 400),
+    Gpu("RTX 4090", 24.0, 165, 1008, 450),
+    Gpu("RTX 3090", 24.0, 71, 936, 350),
+)
+"""Ceilings from the makers' data sheets, without sparsity. Not measured here."""
+
+
 def find_device(config: RunConfig) -> Device:
     """The device that will train, and its memory.
 

@@ -15,8 +15,8 @@ from ms4 import spec
 from ms4.config import RunSection
 from ms4.errors import Ms4Error
 from ms4.manifest import read_json
-from ms4.model import attention, experts
-from ms4.weights import nf4
+from ms4.model import attention, experts, stores
+from ms4.weights import fp8, nf4
 from ms4.weights.meter import Meter
 from ms4.weights.shards import Entry, Reader, read_header
 
@@ -24,12 +24,18 @@ STRETCH = 1 << 22
 """Elements that are read at once."""
 LOADERS = 4
 """Threads that read: enough for a disk that answers several requests at a time."""
-STORED: dict[str, torch.dtype] = {"U8": torch.uint8, "F32": torch.float32, "BF16": torch.bfloat16}
-"""Dtype of a base's tensor, as safetensors writes it → torch's."""
+STORED: dict[str, torch.dtype] = {
+    "U8": torch.uint8,
+    "F8_E4M3": torch.uint8,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+}
+"""Dtype of a base's tensor, as safetensors writes it → torch's; FP8 codes are held as bytes."""
 
-STORES: dict[str, type[experts.ExpertStore]] = {
-    "nf4": experts.NF4Store,
-    "bf16": experts.BF16Store,
+STORES: dict[str, type[stores.ExpertStore]] = {
+    "nf4": stores.NF4Store,
+    "fp8": stores.FP8Store,
+    "bf16": stores.BF16Store,
 }
 
 
@@ -69,9 +75,23 @@ def _parameter_names(dims: spec.Dimensions, kind: str) -> dict[str, str]:
         elif kind == "nf4":
             for suffix in nf4.SUFFIXES:
                 names[tensor.disk + suffix] = tensor.transformers + suffix
+        elif kind == "fp8":
+            names[tensor.disk] = f"{tensor.transformers}.codes"
+            names[tensor.scale] = f"{tensor.transformers}.scale_inv"
         else:
             names[tensor.disk] = f"{tensor.transformers}.weight"
     return names
+
+
+def _scale_names(dims: spec.Dimensions, kind: str) -> dict[str, str]:
+    """Of an FP8 base, name of a dense tensor → name of its scale."""
+    if kind != "fp8":
+        return {}
+    return {
+        tensor.disk: tensor.scale
+        for tensor in spec.tensors(dims)
+        if tensor.dtype == "F8_E4M3" and tensor.role != "experts"
+    }
 
 
 def load_model(
@@ -81,7 +101,7 @@ def load_model(
 
     Args:
         base: directory of the converted base.
-        kind: how its experts are stored, `nf4` or `bf16`.
+        kind: how it is stored, `nf4`, `fp8` or `bf16`.
         device: where the weights go.
         dtype: of everything but the packed experts, which stay as they are stored.
 
@@ -91,43 +111,90 @@ def load_model(
     Raises:
         Ms4Error: a tensor is missing, left over or of another shape, or a file is damaged.
     """
-    config = Mistral3Config(**read_json(base / "config.json"))
     dims = spec.read_dimensions(base)
+    model = empty_model(read_json(base / "config.json"), dims, kind, device, dtype)
+    stored, scales = _stored(base), _scale_names(dims, kind)
+    wanted = _parameter_names(dims, kind)
+    entries = _entries(base, stored, wanted, scales, dict(model.named_parameters()))
+    with Reader() as reader:
+        factors = {
+            wanted[name]: _read_scale(reader, stored[scale]) for name, scale in scales.items()
+        }
+        state = _read(reader, entries, factors, device, dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.requires_grad_(False)
+    model.to(device)  # what is left: the rotary tables
+    return model.eval()
+
+
+def empty_model(
+    config: dict[str, Any],
+    dims: spec.Dimensions,
+    kind: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Mistral3ForConditionalGeneration:
+    """The model without memory for its parameters, its attention and experts ours.
+
+    Args:
+        config: a base's config.json.
+        dims: its sizes.
+        kind: how its experts are stored.
+        device: where it will compute.
+        dtype: of the computation.
+
+    Raises:
+        Ms4Error: the experts' activation is not SiLU.
+    """
+    settings = Mistral3Config(**config)
+    text_settings = settings.text_config
+    if text_settings.hidden_act != "silu":
+        raise Ms4Error(
+            f"config.json: text_config.hidden_act is {text_settings.hidden_act!r}; the experts of "
+            "this model have `silu`. Take the published config.json."
+        )
     with init_empty_weights(include_buffers=False):
-        model = Mistral3ForConditionalGeneration(config)
+        model = Mistral3ForConditionalGeneration(settings)
+    workspace, store = stores.Workspace.on(device), STORES[kind]
     for tensor in spec.tensors(dims):
         if tensor.role == "experts" and tensor.transformers.endswith("gate_up_proj"):
             count, double_width, hidden = tensor.shape
             module = model.get_submodule(tensor.transformers.removesuffix(".gate_up_proj"))
-            store = STORES[kind]
             experts.install(
                 module,
                 store((count, double_width, hidden)),
                 store((count, hidden, double_width // 2)),
+                workspace,
             )
     text: Any = model.model.language_model
-    text.set_attn_implementation(attention.IMPLEMENTATION)
+    way, why = attention.choose(device, dtype, (dims.head, dims.value))
+    print(f"attention: {why}")
+    text.set_attn_implementation(way)
     text.set_experts_implementation(experts.IMPLEMENTATION)
     text.config.use_cache = False
-    entries = _entries(base, _parameter_names(dims, kind), dict(model.named_parameters()))
-    state = _read(entries, device, dtype)
-    model.load_state_dict(state, strict=False, assign=True)
-    model.requires_grad_(False)
-    model.to(device)  # what is left: the rotary tables
-    model.generation_config.pad_token_id = config.text_config.pad_token_id
-    return model.eval()
+    model.generation_config.pad_token_id = text_settings.pad_token_id
+    return model
 
 
-def _entries(
-    base: Path, names: dict[str, str], parameters: dict[str, torch.nn.Parameter]
-) -> dict[str, Entry]:
-    """Name of each parameter → where it is stored; exactly the model's."""
-    stored = {
+def _stored(base: Path) -> dict[str, Entry]:
+    """Every tensor of a base by its name."""
+    return {
         name: entry
         for path in sorted(base.glob("*.safetensors"))
         for name, entry in read_header(path).items()
     }
+
+
+def _entries(
+    base: Path,
+    stored: dict[str, Entry],
+    names: dict[str, str],
+    scales: dict[str, str],
+    parameters: dict[str, torch.nn.Parameter],
+) -> dict[str, Entry]:
+    """Name of each parameter → where it is stored; exactly the model's, and the scales."""
     expected = {name: tuple(parameters[inside].shape) for name, inside in names.items()}
+    expected |= dict.fromkeys(scales.values(), ())
     missing, extra = (
         sorted(expected.keys() - stored.keys()),
         sorted(stored.keys() - expected.keys()),
@@ -137,33 +204,44 @@ def _entries(
         faults = {"missing": missing, "unexpected": extra, "of another shape": other}
         told = "; ".join(f"{len(n)} {what} ({', '.join(n[:5])})" for what, n in faults.items() if n)
         raise Ms4Error(f"{base}: not the tensors of this model: {told}. Run `ms4 descale` again.")
-    return {names[name]: entry for name, entry in stored.items()}
+    return {inside: stored[name] for name, inside in names.items()}
+
+
+def _read_scale(reader: Reader, entry: Entry) -> torch.Tensor:
+    """A BF16 scale, 0-d."""
+    return torch.from_numpy(reader.read(entry, 0, entry.size)).view(torch.bfloat16)[0]
 
 
 def _read(
-    entries: dict[str, Entry], device: torch.device, dtype: torch.dtype
+    reader: Reader,
+    entries: dict[str, Entry],
+    scales: dict[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> dict[str, torch.Tensor]:
     """Parameters by their names in the model, filled from the pieces straight where they stay.
 
     A tensor is made on the device first and filled a stretch at a time: there is no second copy of
     the model, and on the CPU, where nothing changes its dtype, no copy of a stretch either.
+    Parameters that have a scale here are FP8 codes and become their exact BF16 products.
     """
     state: dict[str, torch.Tensor] = {}
-    stretches: list[tuple[Entry, torch.Tensor, int]] = []
+    stretches: list[tuple[Entry, torch.Tensor, int, torch.Tensor | None]] = []
+    scales = {name: scale.to(device) for name, scale in scales.items()}
     for name, entry in entries.items():
         kind = STORED[entry.dtype] if ".mlp.experts." in name else dtype
         made = state[name] = torch.empty(entry.shape, dtype=kind, device=device)
-        stretches += [(entry, made.view(-1), at) for at in range(0, made.numel(), STRETCH)]
+        flat, scale = made.view(-1), scales.get(name)
+        stretches += [(entry, flat, at, scale) for at in range(0, made.numel(), STRETCH)]
     size = sum(entry.size for entry in entries.values())
     with (
-        Reader() as reader,
         Meter("load the base", size) as meter,
         ThreadPoolExecutor(LOADERS) as threads,
     ):
         buffers: dict[int, torch.Tensor] = {}
 
-        def fill(stretch: tuple[Entry, torch.Tensor, int]) -> None:
-            entry, made, at = stretch
+        def fill(stretch: tuple[Entry, torch.Tensor, int, torch.Tensor | None]) -> None:
+            entry, made, at, scale = stretch
             stored = STORED[entry.dtype]
             part = made[at : at + STRETCH]
             offset, count = at * stored.itemsize, part.numel() * stored.itemsize
@@ -177,7 +255,10 @@ def _read(
                     buffers[own] = torch.empty(STRETCH * 4, dtype=torch.uint8, pin_memory=pinned)
                 read = buffers[own][:count]
                 reader.read_into(entry, offset, read.numpy())
-                part.copy_(read.view(stored))
+                if scale is None:
+                    part.copy_(read.view(stored))
+                else:  # a byte a weight goes over the bus
+                    part.copy_(fp8.descale_plain(read.to(device).view(fp8.FP8), scale))
             meter.add(count)
 
         for _ in threads.map(fill, stretches):

@@ -1,11 +1,16 @@
-"""Adapters: dense layers through PEFT, experts through our own parameters, saved as one.
+"""Adapters: of dense layers and of experts, saved together as one standard PEFT adapter.
 
-Shape letters: E experts, R rank, O out, I in.
+Both kinds are ours. PEFT's dense layers compute in the dtype of the adapter, so FP32 adapters in a
+BF16 model keep an FP32 copy of each layer's input for the backward pass; these compute in the
+model's dtype whatever the adapter is held in, and projections of one input keep that once.
+
+Shape letters: E experts, R rank, O out, I in, T positions.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,14 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from ms4 import spec
-from ms4.config import AdaptersSection
+from ms4.config import AdaptersSection, Preset
 from ms4.errors import Ms4Error
 from ms4.manifest import commit_file, write_text
 from ms4.model.experts import ExpertLora
@@ -30,20 +34,63 @@ DENSE = {
     "attention": ("self_attn", spec.MLA_PROJECTIONS),
     "shared": ("mlp.shared_experts", spec.MLP_PROJECTIONS),
 }
-"""Target → where its layers are and what they are called."""
+"""Preset → where its layers are and what they are called."""
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+"""The experts' two parameters, as PEFT's `target_parameters` names them."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Match:
-    """What a target came to."""
+    """What a preset came to."""
 
-    target: str
+    target: Preset
+    rank: int
     tensors: int
     parameters: int
 
 
+class DenseLora(nn.Linear):
+    """A frozen linear layer with LoRA: y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ.
+
+    It is the layer itself, not a wrapper: W keeps its name.
+    """
+
+    def __init__(
+        self, base: nn.Linear, rank: int, scaling: float, dropout: float, dtype: torch.dtype
+    ) -> None:
+        """Take over the weights of `base`.
+
+        Args:
+            base: the layer; its parameters are used, not copied.
+            rank: of the adapter.
+            scaling: what the adapter's product is multiplied by.
+            dropout: share of the adapter's inputs that is left out in training.
+            dtype: how the adapter is held.
+        """
+        super().__init__(base.in_features, base.out_features, base.bias is not None, "meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.scaling, self.dropout, self.enabled = scaling, dropout, True
+        device, bound = base.weight.device, 1 / math.sqrt(base.in_features)
+        A_RI = torch.empty(rank, base.in_features, device=device).uniform_(-bound, bound)
+        self.lora_A = nn.Parameter(A_RI.to(dtype))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., I] → [..., O], in the dtype of `x`."""
+        y = super().forward(x)
+        if not self.enabled:
+            return y
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        thin_TR = F.linear(x, self.lora_A.to(x.dtype)).flatten(0, -2)
+        # One product that adds to y: its own result would be another [T, O].
+        B_RO = self.lora_B.to(x.dtype).T
+        return torch.addmm(y.flatten(0, -2), thin_TR, B_RO, alpha=self.scaling).view(y.shape)
+
+
 def dense_pattern(targets: tuple[str, ...]) -> str | None:
-    """Regular expression of the dense layers' full names, or None if no dense target is named."""
+    """Regular expression of the dense layers' full names, or None if no dense preset is named."""
     parts = [
         rf"{re.escape(place)}\.(?:{'|'.join(names)})"
         for target, (place, names) in DENSE.items()
@@ -55,42 +102,51 @@ def dense_pattern(targets: tuple[str, ...]) -> str | None:
 
 
 def add_adapters(model: nn.Module, adapters: AdaptersSection, dims: spec.Dimensions) -> list[Match]:
-    """Add trainable adapters, in fp32, to a frozen model; returns what was matched.
+    """Add trainable adapters to a frozen model; returns what was matched.
 
     Raises:
-        Ms4Error: a target matched another number of layers than the model's table has.
+        Ms4Error: a preset matched nothing, or other layers than the model's table has.
     """
-    scaling = adapters.alpha / adapters.rank
-    pattern = dense_pattern(adapters.targets)
-    if pattern is not None:
-        inject_adapter_in_model(
-            LoraConfig(r=adapters.rank, lora_alpha=adapters.alpha, target_modules=pattern), model
-        )
-    if "experts" in adapters.targets:
-        for module in _expert_modules(model):
-            for projection in ("gate_up", "down"):
-                store = getattr(module, f"{projection}_proj")
-                lora = ExpertLora(store.shape, adapters.rank, scaling)
-                lora.to(next(store.parameters()).device)
-                module.add_module(f"{projection}_lora", lora)
+    dtype = DTYPES[adapters.dtype]
+    for preset in adapters.presets:
+        rank, scaling = adapters.rank_of(preset), adapters.scaling(preset)
+        if preset == "experts":
+            for module in _expert_modules(model):
+                for projection in ("gate_up", "down"):
+                    store = getattr(module, f"{projection}_proj")
+                    lora = ExpertLora(store.shape, rank, scaling)
+                    lora.to(next(store.parameters()).device, dtype)
+                    module.add_module(f"{projection}_lora", lora)
+            continue
+        pattern = re.compile(str(dense_pattern((preset,))))
+        for name, layer in list(model.named_modules()):
+            if pattern.fullmatch(name) and isinstance(layer, nn.Linear):
+                dense = DenseLora(layer, rank, scaling, adapters.dropout, dtype)
+                model.set_submodule(name, dense.train(layer.training))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_adapter(name))
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
-    matches = [_match(model, target) for target in adapters.targets]
+    matches = [_match(model, preset, adapters.rank_of(preset)) for preset in adapters.presets]
     for match in matches:
-        layers = 2 if match.target == "experts" else len(DENSE[match.target][1])
-        wanted = 2 * layers * dims.layers
-        if match.tensors != wanted:
+        wanted = _expected(dims, match)
+        if (match.tensors, match.parameters) != wanted:
             raise Ms4Error(
-                f"adapters.targets: `{match.target}` matched {match.tensors} adapter tensors, "
-                f"not {wanted}: the installed peft or transformers names layers differently."
+                f"adapters.targets: `{match.target}` matched {match.tensors} adapter tensors of "
+                f"{match.parameters:,} parameters, not {wanted[0]} of {wanted[1]:,}: the installed "
+                "transformers names or shapes layers differently."
             )
     return matches
 
 
+def _expected(dims: spec.Dimensions, match: Match) -> tuple[int, int]:
+    """Adapter tensors and parameters of a preset by the model's table: rank · (in + out) for each
+    matrix, of each expert its own."""
+    found = [t.shape for t in spec.tensors(dims) if t.role == match.target]
+    sizes = (math.prod(shape[:-2]) * sum(shape[-2:]) for shape in found)
+    return 2 * len(found), match.rank * sum(sizes)
+
+
 def _is_adapter(name: str) -> bool:
-    return "lora_" in name or "_lora." in name
+    return name.endswith((".lora_A", ".lora_B")) or "_lora." in name
 
 
 def _expert_modules(model: nn.Module) -> Iterator[Any]:
@@ -105,9 +161,9 @@ def _target_of(name: str) -> str:
     return "shared" if ".shared_experts." in name else "attention"
 
 
-def _match(model: nn.Module, target: str) -> Match:
+def _match(model: nn.Module, target: Preset, rank: int) -> Match:
     found = [p for name, p in trainable(model).items() if _target_of(name) == target]
-    return Match(target, len(found), sum(p.numel() for p in found))
+    return Match(target, rank, len(found), sum(p.numel() for p in found))
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -117,25 +173,20 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def is_first_factor(name: str) -> bool:
     """Whether the tensor is an A; its gradient is zero while its B is."""
-    return name.endswith("_lora.A") or ".lora_A." in name
+    return name.endswith(("_lora.A", ".lora_A"))
 
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """The untuned model, for the time of the context."""
-    layers = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    experts = [m for m in model.modules() if isinstance(m, ExpertLora)]
+    layers = [m for m in model.modules() if isinstance(m, DenseLora | ExpertLora)]
     for layer in layers:
-        layer.enable_adapters(False)
-    for lora in experts:
-        lora.enabled = False
+        layer.enabled = False
     try:
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
-        for lora in experts:
-            lora.enabled = True
+            layer.enabled = True
 
 
 def peft_name(name: str) -> str:
@@ -143,12 +194,11 @@ def peft_name(name: str) -> str:
 
     PEFT wraps a module once a parameter of `target_parameters`: the first named one is innermost,
     under `base_layer`, so gate_up_proj's adapter lies deeper than down_proj's."""
-    name = name.replace(".default.", ".")
     if "_lora." in name:
         module, factor = name.rsplit(".", 1)
         inner = ".base_layer" if module.endswith("gate_up_lora") else ""
-        name = f"{module.rsplit('.', 1)[0]}{inner}.lora_{factor}.weight"
-    return f"base_model.model.{name}"
+        name = f"{module.rsplit('.', 1)[0]}{inner}.lora_{factor}"
+    return f"base_model.model.{name}.weight"
 
 
 def to_peft(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -189,23 +239,32 @@ def save(model: nn.Module, directory: Path, adapters: AdaptersSection, base: str
     save_file(state, temporary, metadata={"format": "pt"})
     temporary.chmod(0o644)
     commit_file(temporary, weights)
+    experts = "experts" in adapters.presets
+    rank = adapters.rank_of("experts") if experts else adapters.rank
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "r": adapters.rank,
+        "r": rank,
         "lora_alpha": adapters.alpha,
+        # PEFT refuses any other beside `target_parameters`; the run's own is in its record.
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "use_rslora": False,
+        "use_rslora": adapters.rslora,
+        # Dense layers differ from experts, not the other way round: PEFT reads either, but warns of
+        # patterns that are for `target_parameters`.
+        "rank_pattern": {
+            f"{place}.{name}": adapters.rank
+            for target, (place, names) in DENSE.items()
+            if target in adapters.presets and adapters.rank != rank
+            for name in names
+        },
         # An empty list, and not null: PEFT takes null for "choose by the model's type".
-        "target_modules": dense_pattern(adapters.targets) or [],
-        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-        if "experts" in adapters.targets
-        else None,
+        "target_modules": dense_pattern(adapters.presets) or [],
+        "target_parameters": list(EXPERTS) if experts else None,
     }
     settings = directory / "adapter_config.json"
     write_text(settings, json.dumps(config, indent=2) + "\n")

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from ms4 import config as configuration
-from ms4.config import RunConfig
+from ms4.config import AdaptersSection, RunConfig
 from ms4.manifest import file_entry, write_manifest, write_text
 from ms4.report.figures import draw_evaluation, draw_loss
 from ms4.report.record import (
@@ -346,12 +346,22 @@ def _limits(run: Run) -> list[str]:
     ]
     if run.config.model.experts == "nf4":
         limits.append("The base's routed experts were held in NF4 during training.")
-    if "attention" in run.config.adapters.targets:
+    if "attention" in run.config.adapters.presets:
         limits.append(
             "vLLM refuses adapters on q_a_proj and kv_a_proj_with_mqa; merge this one into the "
             "weights to serve it there."
         )
     return limits
+
+
+def _ranks(adapters: AdaptersSection) -> str:
+    """Ranks and scaling in words."""
+    ranks = f"rank {adapters.rank_of(adapters.presets[0])}"
+    if len({adapters.rank_of(preset) for preset in adapters.presets}) > 1:
+        ranks += f", experts {adapters.rank_of('experts')}"
+    stable = ", rank-stabilized" if adapters.rslora else ""
+    dropout = f", dropout {adapters.dropout:g}" if adapters.dropout else ""
+    return f"{ranks} (alpha {adapters.alpha:g}{stable}{dropout})"
 
 
 def render_card(run: Run) -> str:
@@ -378,7 +388,7 @@ def render_card(run: Run) -> str:
 
 # LoRA adapter for {markdown(run.base_name)}
 
-A LoRA adapter of rank {settings.adapters.rank} (alpha {settings.adapters.alpha:g}) for
+A LoRA adapter of {_ranks(settings.adapters)} for
 {markdown(run.base_name)}{revision}, trained with ms4 {markdown(train["ms4_version"])}.
 
 ## Training

@@ -5,7 +5,6 @@ Shape letters: B rows (bins), T positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,40 +12,9 @@ import torch
 
 from ms4.data.dataset import PackedData
 from ms4.data.packing import epoch_order
-from ms4.model.attention import document_mask
-from ms4.model.loss import cross_entropy_sum
+from ms4.model.module import IGNORED, PAD, Batch, PackedLoss
 
-PAD = 11
-"""The model's padding id."""
-IGNORED = -100
-"""Target of a position that is not trained."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One forward pass."""
-
-    tokens_BT: torch.Tensor
-    positions_BT: torch.Tensor
-    """Restart at each document: the query scaling depends on them."""
-    documents_BT: torch.Tensor
-    """Number of each position's document in its row; padding is a document of its own."""
-    targets_BT: torch.Tensor
-    """The next token of the same document where it is trained, else -100."""
-
-    @property
-    def trained(self) -> int:
-        """Positions with a target."""
-        return int((self.targets_BT != IGNORED).sum())
-
-    @property
-    def tokens(self) -> int:
-        """Positions that are no padding."""
-        return int((self.tokens_BT != PAD).sum())
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on another device."""
-        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+__all__ = ["IGNORED", "PAD", "Batch", "collate", "loss_sum", "step_batches"]
 
 
 def collate(rows: list[list[tuple[np.ndarray, np.ndarray]]]) -> Batch:
@@ -69,7 +37,7 @@ def collate(rows: list[list[tuple[np.ndarray, np.ndarray]]]) -> Batch:
             wanted = torch.from_numpy(trained[1:].astype(bool))
             targets_BT[b, at : at + size - 1] = torch.where(wanted, ids[1:], IGNORED)
             at += size
-    return Batch(tokens_BT, positions_BT, documents_BT, targets_BT)
+    return Batch.of(tokens_BT, positions_BT, documents_BT, targets_BT)
 
 
 def step_batches(
@@ -91,13 +59,5 @@ def step_batches(
 
 def loss_sum(model: Any, batch: Batch, chunk: int) -> torch.Tensor:
     """Sum of the cross-entropy over a batch's targets, fp32; differentiable in the adapters."""
-    hidden_BTH = model.model(
-        input_ids=batch.tokens_BT,
-        position_ids=batch.positions_BT,
-        attention_mask=document_mask(batch.documents_BT),
-        use_cache=False,
-    ).last_hidden_state
-    trained = batch.targets_BT != IGNORED
-    return cross_entropy_sum(
-        hidden_BTH[trained], model.lm_head.weight, batch.targets_BT[trained], chunk
-    )
+    loss: torch.Tensor = PackedLoss(model, chunk)(batch)
+    return loss

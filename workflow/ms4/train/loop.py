@@ -21,16 +21,17 @@ from rich.table import Table
 from torch import nn
 
 from ms4 import spec
-from ms4.config import RunConfig, TrainSection
+from ms4.config import AdaptersSection, RunConfig, TrainSection
 from ms4.data.dataset import load_packed
 from ms4.errors import Ms4Error
 from ms4.manifest import check_files, file_entry, read_manifest, sha256_json, write_json
 from ms4.manifest import write_manifest as write_stage_manifest
-from ms4.model import lora
+from ms4.model import checkpointing, lora
 from ms4.model.build import choose_device, load_model, prepare_torch
+from ms4.model.module import PackedLoss
 from ms4.plan import total_steps
-from ms4.train import metrics, state
-from ms4.train.batches import loss_sum, step_batches
+from ms4.train import metrics, optim, state
+from ms4.train.batches import step_batches
 
 BASE = Path("weights/base")
 ADAPTER = Path("results/adapter")
@@ -97,11 +98,29 @@ def stop_on_sigterm() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _print_matches(matches: list[lora.Match]) -> None:
-    table = Table("adapters", "tensors", "parameters")
+def _print_matches(matches: list[lora.Match], adapters: AdaptersSection) -> None:
+    table = Table("adapters", "rank", "scaling", "dropout", "tensors", "parameters")
     for match in matches:
-        table.add_row(match.target, str(match.tensors), f"{match.parameters:,}")
+        table.add_row(
+            match.target,
+            str(match.rank),
+            f"{adapters.scaling(match.target):.4g}",
+            "none" if match.target == "experts" else f"{adapters.dropout:g}",
+            str(match.tensors),
+            f"{match.parameters:,}",
+        )
     Console().print(table)
+    total = sum(match.parameters for match in matches)
+    print(f"{total:,} adapter parameters, held in {adapters.dtype}.")
+
+
+def say_peak(measured: float, planned: float) -> None:
+    """Print the measured peak beside the planned one, both in GiB."""
+    share = measured / planned - 1
+    print(
+        f"train: peak memory {measured:.2f} GiB, planned {planned:.2f} GiB ({share:+.1%})",
+        flush=True,
+    )
 
 
 def run_stage(config: RunConfig) -> None:
@@ -115,19 +134,20 @@ def run_stage(config: RunConfig) -> None:
 
     device, dtype, why = choose_device(config.run)
     print(f"train: on {why}; {steps} steps")
+    optim.check_device(config.train, device)
     prepare_torch(config.run, config.seed)
     model = load_model(BASE, manifests["descale"]["experts"], device, dtype)
     matches = lora.add_adapters(model, config.adapters, spec.read_dimensions(BASE))
-    _print_matches(matches)
-    if config.train.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+    _print_matches(matches, config.adapters)
+    policy = config.train.checkpointing
+    if policy == "auto":
+        policy = manifests["plan"]["checkpointing"]
+    checkpointing.apply(model, policy, config.train.offload_activations)
+    print(f"train: checkpointing {policy}; {config.train.optimizer}")
     model.train()
+    module = PackedLoss(model, config.train.loss_chunk)
     parameters = lora.trainable(model)
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()),
-        lr=config.train.learning_rate,
-        weight_decay=config.train.weight_decay,
-    )
+    optimizer = optim.make(config.train, parameters.values())
     progress = state.restore(parameters, optimizer, run)
     metrics.keep_until(progress.step)
     if progress.step:
@@ -145,19 +165,25 @@ def run_stage(config: RunConfig) -> None:
             )
             # One normalizer for the whole step: a token weighs the same in whatever batch it is.
             trained = sum(batch.trained for batch in batches)
-            loss = 0.0
+            total = torch.zeros((), dtype=torch.float64, device=device)
             for batch in batches:
-                part = loss_sum(model, batch.to(device), config.train.loss_chunk) / max(trained, 1)
+                part = module(batch.to(device)) / max(trained, 1)
                 part.backward()
-                loss += part.item()
+                total += part.detach()
+            loss = total.item()
             if not math.isfinite(loss):
                 raise Ms4Error(
                     f"step {step + 1}: the loss is {loss}; the last checkpoint is kept. Lower "
-                    f"train.learning_rate (it is {config.train.learning_rate})."
+                    f"train.learning_rate (it is {config.train.learning_rate:g})."
                 )
             if step < 2:
                 assert_adapters_learn(parameters, step)
-            norm = nn.utils.clip_grad_norm_(parameters.values(), config.train.max_grad_norm)
+            norm = optim.clip_gradients(parameters.values(), config.train.max_grad_norm)
+            if not math.isfinite(norm):
+                raise Ms4Error(
+                    f"step {step + 1}: the gradients' norm is {norm}; the last checkpoint is kept. "
+                    f"Lower train.learning_rate (it is {config.train.learning_rate:g})."
+                )
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - started
@@ -172,7 +198,7 @@ def run_stage(config: RunConfig) -> None:
                     "step": progress.step,
                     "loss": loss,
                     "learning_rate": rate,
-                    "grad_norm": float(norm),
+                    "grad_norm": norm,
                     "tokens": tokens,
                     "trained_tokens": trained,
                     "seconds": round(seconds, 4),
@@ -183,6 +209,8 @@ def run_stage(config: RunConfig) -> None:
             due = progress.step % config.train.checkpoint_every == 0 or progress.step == steps
             if due or stop:
                 state.save(progress, parameters, optimizer, run)
+            if progress.step in (2, steps):
+                say_peak(metrics.memory_gib(device), manifests["plan"]["peak_gib"])
             if stop:
                 raise Ms4Error(
                     f"stopped by SIGTERM after step {progress.step}; a checkpoint is saved, the "

@@ -19,6 +19,7 @@ from torch import nn
 
 from ms4.errors import Ms4Error
 from ms4.manifest import read_json, sha256_file, sync_directory, write_json
+from ms4.train import optim
 
 CHECKPOINTS = Path("checkpoints")
 KEPT = 2
@@ -67,7 +68,7 @@ def save(
         state["rng/cuda"] = torch.cuda.get_rng_state()
     for name_, parameter in parameters.items():
         state[f"parameter/{name_}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
+        for key, value in optim.read_state(optimizer, parameter).items():
             state[f"optimizer/{key}/{name_}"] = value
     tensors = temporary / "state.safetensors"
     save_file({key: value.contiguous().cpu() for key, value in state.items()}, tensors)
@@ -106,14 +107,16 @@ def restore(
         if found is None:
             continue
         progress, state = found
+        moments: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in state.items():
+            if key.startswith("optimizer/"):
+                _, kind, name = key.split("/", 2)
+                moments.setdefault(name, {})[kind] = value
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(state[f"parameter/{name}"])
-                optimizer.state[parameter] = {
-                    key.split("/", 2)[1]: value.to(parameter.device) if value.dim() else value
-                    for key, value in state.items()
-                    if key.startswith("optimizer/") and key.split("/", 2)[2] == name
-                }
+                if name in moments:  # no step, no moments
+                    optim.write_state(optimizer, parameter, moments[name])
         torch.set_rng_state(state["rng/cpu"])
         if "rng/cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["rng/cuda"])
