@@ -31,7 +31,7 @@ NF4_BLOCK = 64
 """Weights that share one absmax code, as `weights/base/` stores them."""
 ABSMAX_BLOCK = 256
 """Absmax codes that share one FP32 scale."""
-EXPERT_SLICE = 64
+EXPERT_SLICE = 16
 """Experts that are dequantized at once on CUDA."""
 CPU_SLICE_BYTES = 4 << 20
 """The same on a CPU: what stays in its cache, but an expert at least."""

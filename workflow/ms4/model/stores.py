@@ -19,6 +19,9 @@ from ms4.weights.tables import packed_shapes
 
 MOST_ELEMENTS = 2**31 - 1
 """Of a slice: kernels count in int32. gate_up_proj of the published model has one more."""
+CUDA_EXPERTS = 16
+"""Experts of a slice on CUDA: dequantized, 16 of the published model take half a GiB and 64 take
+two."""
 CPU_BYTES = 4 << 20
 """Of a slice on a CPU: what is dequantized should still be in its cache when it is multiplied."""
 
@@ -59,7 +62,7 @@ class Workspace:
         """The one for a device."""
         if device.type == "cpu":
             return cls(most_bytes=CPU_BYTES, held=False)
-        return cls()
+        return cls(experts=CUDA_EXPERTS)
 
     def size(self, elements: int, dtype: torch.dtype) -> int:
         """Experts of a slice, of `elements` weights each."""

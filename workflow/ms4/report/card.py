@@ -18,6 +18,7 @@ import yaml
 from ms4 import config as configuration
 from ms4.config import AdaptersSection, RunConfig
 from ms4.manifest import file_entry, write_manifest, write_text
+from ms4.plan import compare
 from ms4.report.figures import draw_evaluation, draw_loss
 from ms4.report.record import (
     EXAMPLES,
@@ -154,8 +155,8 @@ def _memory(run: Run) -> str:
     rows.append(["planned at the fullest moment", gib(plan["peak_gib"])])
     measured = run.machine.get("peak_memory_gib")
     if measured is not None:
-        share = f" ({100 * measured / plan['peak_gib']:.0f} % of the plan)"
-        rows.append(["measured", gib(measured) + share])
+        share = compare(plan, measured).share  # of what a measurement can see
+        rows.append(["measured", f"{gib(measured)} ({100 * share:.0f} % of the plan)"])
     return html_table(["part", f"memory ({plan['device']})"], rows, 1)
 
 

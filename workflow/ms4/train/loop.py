@@ -29,7 +29,7 @@ from ms4.manifest import write_manifest as write_stage_manifest
 from ms4.model import checkpointing, lora
 from ms4.model.build import choose_device, load_model, prepare_torch
 from ms4.model.module import PackedLoss
-from ms4.plan import total_steps
+from ms4.plan import compare, total_steps
 from ms4.train import metrics, optim, state
 from ms4.train.batches import step_batches
 
@@ -112,15 +112,6 @@ def _print_matches(matches: list[lora.Match], adapters: AdaptersSection) -> None
     Console().print(table)
     total = sum(match.parameters for match in matches)
     print(f"{total:,} adapter parameters, held in {adapters.dtype}.")
-
-
-def say_peak(measured: float, planned: float) -> None:
-    """Print the measured peak beside the planned one, both in GiB."""
-    share = measured / planned - 1
-    print(
-        f"train: peak memory {measured:.2f} GiB, planned {planned:.2f} GiB ({share:+.1%})",
-        flush=True,
-    )
 
 
 def run_stage(config: RunConfig) -> None:
@@ -210,7 +201,8 @@ def run_stage(config: RunConfig) -> None:
             if due or stop:
                 state.save(progress, parameters, optimizer, run)
             if progress.step in (2, steps):
-                say_peak(metrics.memory_gib(device), manifests["plan"]["peak_gib"])
+                found = compare(manifests["plan"], metrics.memory_gib(device))
+                print(f"train: {found}", flush=True)
             if stop:
                 raise Ms4Error(
                     f"stopped by SIGTERM after step {progress.step}; a checkpoint is saved, the "

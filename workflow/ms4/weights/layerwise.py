@@ -52,7 +52,7 @@ class Weights(ABC):
 
     @abstractmethod
     def part(self, tensor: spec.Tensor, start: int, count: int) -> torch.Tensor:
-        """`count` elements from element `start` of a parameter on, of one expert at most."""
+        """`count` elements from element `start` of a parameter on; of experts, one whole one."""
 
     def whole(self, tensor: spec.Tensor) -> torch.Tensor:
         """A parameter without experts."""
@@ -74,10 +74,11 @@ def _from_bf16(data: Bytes) -> torch.Tensor:
 
 
 def _from_fp8(codes: Bytes, scale: float) -> torch.Tensor:
-    """The BF16 products, by a table of all 256."""
-    every = torch.arange(256, dtype=torch.uint8).view(fp8.FP8)
-    table = fp8.descale_plain(every, torch.tensor(scale)).float().numpy()
-    return torch.from_numpy(np.take(table, codes))
+    """The BF16 products, in parts that stay in the cache."""
+    made = np.empty(len(codes), np.uint16)
+    for at in range(0, len(codes), fp8.CHUNK):
+        fp8.descale_codes(codes[at : at + fp8.CHUNK], scale, made[at : at + fp8.CHUNK])
+    return _from_bf16(made.view(np.uint8))
 
 
 class BaseWeights(Weights):
