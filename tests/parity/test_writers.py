@@ -252,15 +252,16 @@ def test_native_to_hf_in_fp8_is_lossy_where_the_scales_differ(native, tmp_path, 
 # Weights that were changed since, as by merged adapters.
 
 
+@pytest.mark.parametrize("factor", [3.0, 6.1])  # the nearest scale is above the least, and below
 @pytest.mark.parametrize("with_source", [False, True])
-def test_what_changed_is_rounded_and_the_rest_is_the_sources(source, tmp_path, with_source):
+def test_what_changed_is_rounded_and_the_rest_is_the_sources(source, tmp_path, with_source, factor):
     directory = by_hand.based(source)
 
     def change(held):
         if O_PROJ in held:
             held[O_PROJ].mul_(0.9)
         if GATE_UP in held:
-            held[GATE_UP][1].mul_(3)  # outgrows its scale
+            held[GATE_UP][1].mul_(factor)  # outgrows its scale
             held[DOWN][2].neg_()  # has codes still
 
     by_hand.edit(directory, change)
