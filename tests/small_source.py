@@ -14,6 +14,7 @@ import safetensors
 
 from ms4 import spec
 from ms4.weights import configs, layouts
+from ms4.weights.shards import ITEM_BYTES
 
 DIMS = spec.Dimensions(
     vocabulary=256,
@@ -66,6 +67,27 @@ def tensors(dims: spec.Dimensions, layout: layouts.Layout, seed: int = 0) -> dic
             bits = bf16(dice.normal(0, 0.1, count))
         made[name] = Stored(dtype, shape, bits)
     return made
+
+
+TABLE = {
+    "b.codes": ("F8_E4M3", (4, 6)),
+    "a.weight": ("BF16", (5, 3)),
+    "a.scale": ("BF16", ()),
+    "c.offset": ("F32", (3,)),
+    "c.packed": ("U8", (7,)),
+    "empty": ("BF16", (0, 4)),
+}
+"""Tensors of every dtype and of odd shapes, which are no model."""
+
+
+def random_bits(seed: int = 0) -> dict[str, Stored]:
+    """The tensors of `TABLE`."""
+    dice = np.random.default_rng(seed)
+    sizes = {n: ITEM_BYTES[dtype] * int(np.prod(shape)) for n, (dtype, shape) in TABLE.items()}
+    return {
+        name: Stored(*TABLE[name], dice.integers(0, 256, size, dtype=np.uint8))
+        for name, size in sizes.items()
+    }
 
 
 def save(some: Mapping[str, Stored], path: Path) -> None:
