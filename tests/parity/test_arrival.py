@@ -6,9 +6,7 @@ straddle two shards, as two of the published model do.
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -30,7 +28,8 @@ from tests import small_source
 from tests.commands import wait_for
 from tests.fetching import HIDDEN, REPOSITORY, Result, environment, refused, resolved
 from tests.hub import Fault, Hub, serve
-from tests.kill_points import CHANGES, Conditions, Point, Running, content, start
+from tests.kill_points import Conditions, content, start
+from tests.killed_fetch import Killed, shards, survive_moments, survive_points, weights
 
 Layout = Literal["hf", "native"]
 STORAGES = ("bf16", "nf4", "fp8")
@@ -59,15 +58,6 @@ def bases(
         return made[layout, to]
 
     return base
-
-
-def weights(base: Path) -> dict[str, bytes]:
-    """All files of a base but its records, locks and its manifest, which names its directory."""
-    return {
-        name: data
-        for name, data in content(base).items()
-        if not name.startswith(".pieces") and name != "base.json"
-    }
 
 
 @pytest.fixture
@@ -99,10 +89,6 @@ class Fetch:
 @pytest.fixture
 def fetch(capfd: pytest.CaptureFixture[str]) -> Fetch:
     return Fetch(capfd)
-
-
-def shards(directory: Path) -> list[str]:
-    return [path.name for path in small_source.shards_of(directory)]
 
 
 # The same base, whichever way.
@@ -436,57 +422,6 @@ def test_a_project_that_frees_its_source(
 # Kills.
 
 
-@dataclass
-class Killed:
-    """`ms4 fetch … --convert` in processes of their own, each in its own directory."""
-
-    hub: Hub
-    source: Path
-    home: Path
-    reference: dict[str, bytes]
-    options: tuple[str, ...]
-
-    def start(
-        self,
-        directory: Path,
-        point: Point | None = None,
-        trace: Path | None = None,
-        **variables: str,
-    ) -> Running:
-        directory.mkdir(exist_ok=True, parents=True)
-        given = environment(self.home, self.hub.url) | variables
-        conditions = Conditions(point=point, trace=trace, environment=given)
-        command = ("fetch", f"{REPOSITORY}-hf", "out", "--convert", "nf4", *self.options)
-        return start(directory, *command, conditions=conditions)
-
-    def ends_right(self, directory: Path) -> None:
-        """The next run brings what is not here, from where it ended, and the base is the same."""
-        out = directory / "out"
-        before = {path.name: path.stat().st_size for path in out.glob("*") if path.is_file()}
-        freed = recorded_as_freed(out)
-        self.hub.requests.clear()
-        result = self.start(directory).result()
-        assert result.code == 0, result.text
-        assert weights(out / "nf4") == self.reference
-        left = shards(out)
-        assert left == ([] if self.options else shards(self.source))
-        for path in self.source.iterdir():
-            parts = [size for name, size in before.items() if name.startswith(f"{path.name}.")]
-            size = before.get(path.name, parts[0] if parts else 0)
-            if path.name in freed or size == path.stat().st_size:
-                assert self.hub.ranges(path.name) == [], path.name
-            else:
-                assert self.hub.ranges(path.name) == [f"bytes={size}-" if size else None]
-
-
-def recorded_as_freed(out: Path) -> set[str]:
-    record = out / ".fetched.json"
-    if not record.exists():
-        return set()
-    files = json.loads(record.read_text())["files"]
-    return {name for name, known in files.items() if known["pieces"]}
-
-
 @pytest.fixture(params=[(), ("--free-source",)], ids=["kept", "freed"])
 def killed(
     request: pytest.FixtureRequest,
@@ -517,42 +452,6 @@ def test_an_interrupt_stops_everything(killed: Killed, tmp_path: Path) -> None:
     killed.ends_right(tmp_path / "at")
 
 
-def survive_points(killed: Killed, tmp_path: Path, some: int | None) -> None:
-    """Killed before and after each call that changes files, or at a few of them."""
-    trace = tmp_path / "trace"
-    killed.start(tmp_path / "whole", trace=trace).result()
-    calls = [line.split("\t")[0] for line in trace.read_text().splitlines()]
-    points = [
-        Point(call, number, when)
-        for call in CHANGES
-        for number in range(1, calls.count(call) + 1)
-        for when in ("before", "after")
-    ]
-    if some is not None:
-        points = random.Random(len(killed.options)).sample(points, some)
-    for number, point in enumerate(points):
-        directory = tmp_path / str(number)
-        result = killed.start(directory, point).result()
-        # Threads take turns, and the last calls of one run may be one more in another.
-        assert result.code in (0, -signal.SIGKILL), result.text
-        killed.ends_right(directory)
-
-
-def survive_moments(killed: Killed, tmp_path: Path, seed: int, times: int) -> None:
-    """Killed at random moments, again and again."""
-    dice = random.Random(seed)
-    killed.hub.pace = sum(path.stat().st_size for path in killed.source.iterdir()) / 0.4
-    for _ in range(times):
-        killed.hub.requests.clear()
-        running = killed.start(tmp_path / "moments")
-        wait_for(lambda: killed.hub.requests, "a request")
-        time.sleep(dice.uniform(0, 1.2))
-        running.send(signal.SIGKILL)
-        running.result()
-    killed.hub.pace = None
-    killed.ends_right(tmp_path / "moments")
-
-
 def test_killed_at_some_points(killed: Killed, tmp_path: Path) -> None:
     survive_points(killed, tmp_path, some=3)
 
@@ -567,6 +466,6 @@ def test_killed_at_every_point(killed: Killed, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_killed_at_many_random_moments(killed: Killed, tmp_path: Path, seed: int) -> None:
     survive_moments(killed, tmp_path, seed, times=8)
