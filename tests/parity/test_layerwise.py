@@ -1,6 +1,8 @@
 """The loss that is taken layer by layer from the files, against the whole model in memory."""
 
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -13,9 +15,11 @@ from ms4.errors import Ms4Error
 from ms4.manifest import read_json
 from ms4.model.build import load_model
 from ms4.weights import texts
+from ms4.weights.convert import descale_directory
 from ms4.weights.layerwise import BaseWeights, SourceWeights, token_losses
 from ms4.weights.layouts import Source
 from ms4.weights.shards import Reader
+from tests.commands import CHECKOUT
 
 from . import by_hand
 from .test_model import reference
@@ -162,3 +166,45 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
     assert texts.choose(tmp_path, 4096, tiny=False).name == "English prose"
     with pytest.raises(Ms4Error, match=r"tekken\.json: has the token .*ends at 2999"):
         texts.choose(tmp_path, 3000, tiny=False)
+
+
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+import numpy as np
+import torch
+from ms4 import spec
+from ms4.manifest import read_json
+from ms4.weights.layerwise import BaseWeights, token_losses
+from ms4.weights.shards import Reader
+from ms4.weights.texts import Text
+
+torch.set_num_threads(2)
+tokens = np.random.default_rng(0).integers(0, 4096, 430)
+text = Text("", tokens, np.zeros(430, np.int64), np.arange(430) > 0)
+peaks = []
+for base in map(Path, sys.argv[1:]):
+    with Reader() as reader:
+        dims, config = spec.read_dimensions(base), read_json(base / "config.json")
+        weights = BaseWeights(base, dims, config, "nf4", reader)
+        token_losses(weights, text, ("plain", "yarn"), "loss")
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(json.dumps(peaks))
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_layer_without_its_experts_and_of_a_few_experts(bases, tmp_path):
+    """Two layers of the real width: their experts are 3.2 GB in fp32 and 1.6 GB in BF16; one expert
+    is 0.1 GB in fp32, and the rest of a layer 0.2 GB."""
+    sys.path.insert(0, str(CHECKOUT / "benchmarks"))
+    try:
+        import synthetic
+    finally:
+        sys.path.pop(0)
+    synthetic.write_checkpoint(tmp_path / "source", synthetic.dimensions(2, experts=16))
+    descale_directory(tmp_path / "source", tmp_path / "base", "nf4", "plain")
+    command = [sys.executable, "-c", MEASURE, bases["nf4"] / "weights/base", tmp_path / "base"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    small, large = json.loads(done.stdout.splitlines()[-1])
+    assert large - small < 0.8e9
