@@ -473,4 +473,6 @@ def test_memory_does_not_grow_with_the_checkpoint(where: Path) -> None:
     assert sizes[0] > 1.4e9
     assert sizes[1] > 1.9 * sizes[0]
     assert max(taken) < 300 * MIB
-    assert taken[1] < 1.1 * taken[0]
+    # What threads happen to hold at once differs by some megabytes from run to run; what grew with
+    # the checkpoint would differ by hundreds.
+    assert taken[1] < 1.1 * taken[0] + 48 * MIB
