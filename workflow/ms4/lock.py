@@ -129,8 +129,8 @@ def hold(stage: str, directory: Path = LOCKS) -> Iterator[None]:
             yield
         finally:
             stop.set()
+            owner_path.unlink(missing_ok=True)  # before the wait, which an interrupt may end
             heartbeat.join()
-            owner_path.unlink(missing_ok=True)
 
 
 def _claim(path: Path, stage: str) -> None:
