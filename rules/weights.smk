@@ -7,7 +7,7 @@ rule fetch:
     log:
         "logs/fetch.log",
     # The tiny model is made here; a source that is freed is converted here.
-    threads: THREADS if TINY or CONFIG.model.free_source else 2
+    threads: THREADS if TINY or CONFIG.model.free_source else 1
     resources:
         mem_mb=4_000,
         runtime=720,
