@@ -16,7 +16,7 @@ Where the code that could fall into one has a test elsewhere, it is named here a
    tests/parity/test_adapters.py::test_matches
    tests/parity/test_adapters.py::test_a_surprising_match_is_refused
 5. More elements in a call than int32 counts: here, and
-   tests/parity/test_experts.py::test_the_published_size_is_two_slices
+   tests/parity/test_experts.py::test_a_slice_of_the_published_size_can_be_counted
 6. The softmax scale of another version: here, and
    tests/parity/test_model.py::test_the_softmax_scale_is_the_configured_one
    tests/parity/test_attention.py::test_variable_length_is_the_block_mask

