@@ -259,6 +259,11 @@ def sweep(directory: Path) -> None:
             path.unlink()
 
 
+def temporary(path: Path) -> Path:
+    """Where a file grows before it gets its name."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 class Piece:
     """A safetensors file that grows under another name, written in any order by many threads."""
 
@@ -266,7 +271,7 @@ class Piece:
         """Begin the file of `path` as `.NAME.tmp`; its tensors' names, dtypes and shapes are
         `table`."""
         self.path = path
-        self.temporary = path.with_name(f".{path.name}.tmp")
+        self.temporary = temporary(path)
         head, self._starts = layout(table)
         self.size = table_bytes(table)
         self._done: dict[int, int] = {}

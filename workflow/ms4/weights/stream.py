@@ -10,13 +10,14 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from ms4.errors import Ms4Error
 from ms4.weights.meter import Meter, gigabytes
-from ms4.weights.shards import Finished, Follower, Piece, Table, writable
+from ms4.weights.shards import Finished, Follower, Piece, Table, temporary, writable
 
 STRETCH = 1 << 24
 """Elements of one task, at most: what a thread reads, converts and writes at a time is a part of
@@ -49,6 +50,7 @@ def make(works: Iterable[Work], threads: int, finished: Finished, meter: Meter) 
         Ms4Error: what a task or the disk has to say; whole files are kept, the others removed.
     """
     begun: list[Piece] = []
+    growing: list[Path] = []
     follower = Follower(finished)
     slots = threading.BoundedSemaphore(4 * threads)
     failed: list[BaseException] = []
@@ -69,6 +71,7 @@ def make(works: Iterable[Work], threads: int, finished: Finished, meter: Meter) 
     pool = ThreadPoolExecutor(threads)
     try:
         for work in works:
+            growing.append(temporary(work.path))  # first: an interrupt may come in between
             piece = Piece(work.path, work.table)
             begun.append(piece)
             follower.add(piece)
@@ -84,6 +87,9 @@ def make(works: Iterable[Work], threads: int, finished: Finished, meter: Meter) 
         follower.abandon()
         for piece in begun:
             piece.discard()
+        with suppress(OSError):  # the one that it ends with was raised before
+            for path in growing:
+                path.unlink(missing_ok=True)
         raise
 
 
