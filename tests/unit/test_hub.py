@@ -324,7 +324,10 @@ def test_cut_connection_goes_on_with_the_rest(
 def test_kill_loses_nothing(project: Project, server: Hub, checkpoint: Path) -> None:
     server.faults.append(Fault(f"*/{BIG}", times=1, hold_after=150_000))
     process = project.start()
-    while not any(part.stat().st_size == 150_000 for part in project.partials()):
+    while not (
+        any(part.stat().st_size == 150_000 for part in project.partials(BIG))
+        and (project.source / SHARDS[0]).exists()  # it came beside
+    ):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
