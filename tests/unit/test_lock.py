@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -207,6 +208,22 @@ def test_of_many_that_take_over_one_wins(root: Path, start: Start, attempt: int)
     wait_for(lambda: sum("Error" in log.read_text() for log in logs) == 7, "seven refusals")
     assert sum(log.read_text() == "claimed\n" for log in logs) == 1
     assert len(lock.live_owners(root)) == 1
+
+
+def test_the_right_of_one_that_died_taking_over_passes_on(root: Path) -> None:
+    """A guard of a dead process, and one of a process that died while it took over from that."""
+    path = owner_file(root, age_s=lock.STALE_S * 2)
+    content = path.read_bytes()
+    for _ in range(2):
+        name = f".{path.name}.{hashlib.sha256(content).hexdigest()[:16]}.taken"
+        guard = path.with_name(name)
+        record = json.loads(content)
+        guard.write_text(json.dumps({**record, "pid": record["pid"] + 1}))
+        os.utime(guard, (0, 0))
+        content = guard.read_bytes()
+    with lock.hold("train"):
+        assert [owner.pid for owner in lock.live_owners(root)] == [os.getpid()]
+        assert not list(path.parent.glob(".*.taken"))
 
 
 def test_heartbeat_moves(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

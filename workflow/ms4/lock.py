@@ -10,13 +10,14 @@ is alive while its heartbeat moves.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,9 +82,21 @@ def _seconds_since_touch(path: Path) -> float:
 
 def read_owner(path: Path) -> Owner | None:
     """The owner that the file names, or None if there is none or it was cut short by a kill."""
+    content = _content(path)
+    return None if content is None else _owner(content)
+
+
+def _content(path: Path) -> bytes | None:
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _owner(content: bytes) -> Owner | None:
+    try:
+        return Owner(**json.loads(content))
+    except (ValueError, TypeError):
         return None
 
 
@@ -143,30 +156,52 @@ def _claim(path: Path, stage: str) -> None:
                 os.link(mine, path)  # atomic on NFS too, unlike O_EXCL of old
                 return
             except FileExistsError:
-                other = read_owner(path)
-                if other is not None and is_alive(path, other):
-                    raise _held(other, stage, path.parent) from None
-                _take_away(path, other, stage)
+                content = _content(path)
+                if content is not None:
+                    _take_away(path, content, mine, stage)
         raise _held(read_owner(path), stage, path.parent)
     finally:
         mine.unlink(missing_ok=True)
 
 
-def _take_away(path: Path, dead: Owner | None, stage: str) -> None:
-    """Remove a dead owner's file, and not that of someone who was quicker to take its place."""
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.dead")
-    try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    try:
-        owner = read_owner(aside)
-        if owner != dead:
-            with suppress(FileExistsError):
-                os.link(aside, path)
+def _take_away(path: Path, content: bytes, mine: Path, stage: str) -> None:
+    """Remove a dead owner's file, and never that of someone who was quicker to take its place.
+
+    To look at a file and to remove it are two steps. So whoever removes one first makes a guard, by
+    exclusive creation, that is named after the content: one process has that right at a time, and
+    removes no other content by it. If it dies with the right, a guard that is named after its own
+    passes the right on.
+
+    Args:
+        path: the owner file.
+        content: what it was seen to hold.
+        mine: a file that names this process, for the guard.
+        stage: whose lock it is.
+
+    Raises:
+        Ms4Error: its owner lives, or another process is just taking its place.
+    """
+    dead, guards = content, [path]
+    while True:
+        owner = _owner(content)
+        if owner is not None and is_alive(guards[-1], owner):
             raise _held(owner, stage, path.parent)
+        key = hashlib.sha256(content).hexdigest()[:16]
+        guards.append(path.with_name(f".{path.name}.{key}.taken"))
+        try:
+            os.link(mine, guards[-1])
+            break
+        except FileExistsError:
+            found = _content(guards[-1])
+            if found is None:
+                return  # its work is done; look again
+            content = found
+    try:
+        if _content(path) == dead:
+            path.unlink()
     finally:
-        aside.unlink()
+        for guard in guards[1:]:
+            guard.unlink(missing_ok=True)
 
 
 def _held(owner: Owner | None, stage: str, directory: Path) -> Ms4Error:
