@@ -15,7 +15,7 @@ import torch
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
-CHUNK = 1 << 21
+CHUNK = 1 << 20
 """Codes that are looked up at once: what comes and goes stays in the cache."""
 TABLES = 32
 """Tables of a scale, up to 256 KiB each, that are kept: some for each thread that converts. They
@@ -53,7 +53,7 @@ def descale(codes: torch.Tensor, scale_inv: torch.Tensor) -> torch.Tensor:
 
     tasks = product(range(len(scales)), range(0, rows.shape[1], CHUNK))
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(look_up, tasks))  # numpy lets go of the interpreter meanwhile
+        list(threads.map(look_up, tasks))  # torch lets go of the interpreter meanwhile
     return made
 
 
@@ -69,21 +69,23 @@ def descale_codes(codes: Codes, scale: float, out: npt.NDArray[np.uint16]) -> No
         out: of the same length.
     """
     if len(codes) % 2:
-        out[:] = np.take(_pair_table(scale)[:256], codes)  # the first of a pair: the low half
+        # The first of a pair is the low half.
+        out[:] = np.take(_pair_table(scale).numpy()[:256], codes).astype(np.uint16)
         return
-    pairs, values = codes.view(np.uint16), out.view(np.uint32)
-    # `wrap` never wraps here, but spares a copy that guards against bad indices.
-    np.take(_pair_table(scale), pairs, out=values, mode="wrap")
+    # torch's look-up takes 32-bit indices as they are; numpy's would widen them first.
+    pairs = torch.from_numpy(codes.view(np.uint16).astype(np.int32))
+    torch.index_select(_pair_table(scale), 0, pairs, out=torch.from_numpy(out.view(np.int32)))
 
 
 @lru_cache(maxsize=TABLES)
-def _pair_table(scale: float) -> npt.NDArray[np.uint32]:
-    """The BF16 products of each two codes by the 16 bits of the two, the first in the low byte."""
+def _pair_table(scale: float) -> torch.Tensor:
+    """The BF16 products of each two codes by the 16 bits of the two, the first in the low byte:
+    int32 [65536]."""
     codes = torch.arange(256, dtype=torch.uint8).view(FP8)
     products = descale_plain(codes, torch.tensor(scale))
     one = products.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
-    table: npt.NDArray[np.uint32] = one[:, None] << np.uint32(16) | one[None, :]
-    return table.reshape(-1)
+    table = one[:, None] << np.uint32(16) | one[None, :]
+    return torch.from_numpy(table.reshape(-1).view(np.int32))
 
 
 def encode(values: npt.NDArray[np.uint16], scale: float) -> Codes:
