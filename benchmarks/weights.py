@@ -33,6 +33,8 @@ LAYERS = 7
 SMALL_LAYERS = 2
 """Of the checkpoint that transformers gets, which holds all of it in memory: 2.0 GB."""
 THREADS = 2
+CHILD = "--child"
+"""What tells a part in a process of its own from the names of parts."""
 CLAIM = (
     "FP8 → bf16 with hashes and fsync at 0.85 or more of the lower of dd conv=fsync and the hashing"
     " rate, in 1 GiB of memory whatever the size; the kernels at least 5 times torch's product (2 "
@@ -58,7 +60,7 @@ def timed(call: Callable[[], object]) -> float:
 
 def child(*arguments: str) -> dict[str, float]:
     """Run a part of this file in a process of its own; the figures that it prints last."""
-    command = [sys.executable, __file__, *arguments]
+    command = [sys.executable, __file__, CHILD, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(arguments)}: failed\n{done.stdout}")
@@ -320,11 +322,11 @@ def main(parts: list[str]) -> None:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["descale", source, target, to]:
+        case ["--child", "descale", source, target, to]:
             child_descale(source, target, to)
-        case ["transformers", source, target]:
+        case ["--child", "transformers", source, target]:
             child_transformers(source, target)
-        case ["load", base]:
+        case ["--child", "load", base]:
             child_load(base)
         case named:
             main(named)
