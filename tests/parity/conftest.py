@@ -58,8 +58,8 @@ def write_untaught(directory: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def bases(request, tmp_path_factory) -> dict[str, Path]:
-    """Project directories with a converted base, by the experts' storage; in BF16 and NF4 after
-    the stages that make and verify it.
+    """Project directories with a converted base, by the experts' storage, after the stages that
+    make and verify it.
 
     A machine that has a GPU and no mistral-common gets the bases alone, of untaught weights: what
     the core computes on it is tested all the same.
@@ -73,14 +73,12 @@ def bases(request, tmp_path_factory) -> dict[str, Path]:
     checkpoint = request.getfixturevalue("checkpoint")
     before = Path.cwd()
     made = {}
-    for kind in ("bf16", "nf4"):
+    for kind in ("bf16", "nf4", "fp8"):
         made[kind] = tmp_path_factory.mktemp(kind)
         os.chdir(made[kind])
         for stage in ("fetch", "descale", "verify"):
             run_stage(stage, settings(checkpoint, experts=kind))
     os.chdir(before)
-    made["fp8"] = tmp_path_factory.mktemp("fp8")
-    descale_directory(checkpoint, made["fp8"] / "weights/base", "fp8", "plain")
     return made
 
 

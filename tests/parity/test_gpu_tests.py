@@ -14,7 +14,7 @@ CORE = [
     f"tests/parity/test_{name}.py"
     for name in (
         *("gradients", "experts", "loss", "attention", "checkpointing", "optim"),
-        *("load", "traps", "adapters", "model"),
+        *("load", "frozen", "traps", "adapters", "model"),
     )
 ]
 LEAN = """

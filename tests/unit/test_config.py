@@ -120,7 +120,7 @@ REFUSED = [
     # choices
     (
         MINIMAL + "model: {experts: int8}\n",
-        "c.yaml:2: model.experts: Input should be 'nf4' or 'bf16' (it is 'int8')",
+        "c.yaml:2: model.experts: Input should be 'nf4', 'fp8' or 'bf16' (it is 'int8')",
     ),
     (
         MINIMAL + "evaluate: {efforts: [none, low]}\n",
