@@ -25,10 +25,13 @@ from torch import nn
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
 from ms4 import spec
-from ms4.config import AdaptersSection
-from ms4.model import lora, stores
+from ms4.config import AdaptersSection, Dense, TrainSection
+from ms4.model import checkpointing, lora, stores
 from ms4.model.build import empty_model
-from ms4.weights import configs, nf4
+from ms4.model.frozen import FP8Linear, HostEmbedding
+from ms4.model.module import IGNORED, Batch, PackedLoss
+from ms4.train import optim
+from ms4.weights import configs, fp8, nf4
 
 STD = 0.02
 """Of the weights: what large models are initialized with."""
@@ -39,32 +42,49 @@ def base_config(dims: spec.Dimensions) -> dict[str, Any]:
     return configs.base_config(configs.hf_config(dims), dims, "plain")
 
 
-def packed_model(
-    dims: spec.Dimensions, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> Any:
-    """ms4's model, as loading an NF4 base gives it, but of random weights.
+State = dict[str, torch.Tensor]
+"""A model's weights by their names in ms4's model."""
+
+
+def random_weights(
+    dims: spec.Dimensions, device: torch.device, dtype: torch.dtype, dense: Dense
+) -> State:
+    """Weights as loading an NF4 base gives them, but random.
 
     Args:
-        dims: its sizes.
-        device: where the weights are made and stay.
+        dims: the sizes.
+        device: where they are made and stay, but for what ms4 holds on the host.
         dtype: of the computation.
-        seed: of the weights.
+        dense: how the dense layers are held.
     """
-    torch.manual_seed(seed)
-    model = empty_model(base_config(dims), dims, "nf4", device, dtype)
-    state: dict[str, torch.Tensor] = {}
+    torch.manual_seed(0)
+    model = empty_model(base_config(dims), dims, "nf4", device, dtype, dense)
+    state: State = {}
     for name, parameter in model.named_parameters():
-        module, _, own = name.rpartition(".")
-        packed = isinstance(model.get_submodule(module), stores.ExpertStore)
+        place, _, own = name.rpartition(".")
+        module = model.get_submodule(place)
+        packed = isinstance(module, stores.ExpertStore | FP8Linear)
         kind = parameter.dtype if packed else dtype
         made = torch.empty(parameter.shape, dtype=kind, device=device)
-        if packed:
+        if isinstance(module, stores.ExpertStore):
             _fill_packed(made, own)
+        elif own == "codes":
+            made.copy_((torch.randn(made.shape, device=device) * 100).to(fp8.FP8).view(torch.uint8))
+        elif own == "scale_inv":
+            made.fill_(STD / 100)
         elif name.endswith("norm.weight"):
             made.fill_(1)
         else:
             made.normal_(std=STD)
-        state[name] = made
+        state[name] = made.cpu() if isinstance(module, HostEmbedding) else made
+    return state
+
+
+def packed_model(
+    state: State, dims: spec.Dimensions, device: torch.device, dtype: torch.dtype, dense: Dense
+) -> Any:
+    """ms4's model over `random_weights`."""
+    model = empty_model(base_config(dims), dims, "nf4", device, dtype, dense)
     model.load_state_dict(state, strict=False, assign=True)
     model.requires_grad_(False)
     return model.to(device).eval()
@@ -113,19 +133,26 @@ class HalvesOf4Bit(nn.Module):
         return out
 
 
-def plain_model(ours: Any, dims: spec.Dimensions, dtype: torch.dtype, adapters: Any = None) -> Any:
-    """The plain stack's model over the tensors of `packed_model`'s.
+def plain_model(
+    state: State,
+    dims: spec.Dimensions,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapters: AdaptersSection | None = None,
+) -> Any:
+    """The plain stack's model over `random_weights`.
 
     PEFT comes first, over a model without memory: applied to experts that are parametrized already
     it finds no parameter of theirs, and says so in a warning only.
 
     Args:
-        ours: its adapters, if any, are not taken over.
-        dims: its sizes.
+        state: the weights; what ms4 holds as FP8 or on the host is made here in the way of this
+            stack.
+        dims: the sizes.
+        device: that computes.
         dtype: of the computation.
-        adapters: an AdaptersSection; None for the bare model.
+        adapters: what is adapted, held in FP32 (PEFT's default) or BF16; None: nothing is.
     """
-    device = ours.lm_head.weight.device
     settings = Mistral3Config(**base_config(dims))
     with init_empty_weights(include_buffers=False):
         model = Mistral3ForConditionalGeneration(settings)
@@ -136,22 +163,36 @@ def plain_model(ours: Any, dims: spec.Dimensions, dtype: torch.dtype, adapters: 
     model.requires_grad_(False)
     modules = dict(model.named_modules())
     peft = None if adapters is None else _adapted(model, adapters)
-    held = dict(ours.named_parameters())
     for tensor in spec.tensors(dims):
         name, _, parameter = tensor.transformers.rpartition(".")
         if tensor.role == "experts":
-            _parametrize(modules[name], parameter, tensor, held, dtype)
+            _parametrize(modules[name], parameter, tensor, state, dtype)
         else:
-            setattr(modules[name], parameter, held[tensor.transformers])
-    if peft is None:
+            weight = _unpacked(state, tensor, device, dtype)
+            setattr(modules[name], parameter, nn.Parameter(weight, requires_grad=False))
+    if adapters is None or peft is None:
         return model.to(device)
     for module in peft.modules():
         for name, factor in getattr(module, "lora_A", {}).items():
-            _materialize(factor, device).weight.data.uniform_(-1, 1).mul_(factor.in_features**-0.5)
-            _materialize(module.lora_B[name], device).weight.data.zero_()
+            kind = lora.DTYPES[adapters.dtype]
+            A = _materialize(factor, device, kind).weight.data
+            A.uniform_(-1, 1).mul_(factor.in_features**-0.5)
+            _materialize(module.lora_B[name], device, kind).weight.data.zero_()
         if isinstance(module, ParamWrapper):
             module.register_forward_hook(_take_proxies_away, always_call=True)
     return peft.to(device)
+
+
+def _unpacked(
+    state: State, tensor: spec.Tensor, device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    """A weight in the dtype of the computation, where it computes."""
+    held = state.get(tensor.transformers)
+    if held is not None:
+        return held.to(device)
+    name = tensor.transformers.removesuffix("weight")
+    out = torch.empty(tensor.shape, dtype=dtype, device=device)
+    return stores.decode_fp8(state[f"{name}codes"], state[f"{name}scale_inv"], out)
 
 
 def _take_proxies_away(wrapper: Any, *_: Any) -> None:
@@ -173,9 +214,9 @@ def _adapted(model: Any, adapters: AdaptersSection) -> Any:
     return get_peft_model(model, config, low_cpu_mem_usage=True)
 
 
-def _materialize(factor: nn.Linear, device: torch.device) -> nn.Linear:
-    """Memory for an adapter's factor, in FP32 as PEFT holds it."""
-    empty = torch.empty(factor.weight.shape, dtype=torch.float32, device=device)
+def _materialize(factor: nn.Linear, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+    """Memory for an adapter's factor."""
+    empty = torch.empty(factor.weight.shape, dtype=dtype, device=device)
     factor.weight = nn.Parameter(empty)
     return factor
 
@@ -184,16 +225,16 @@ def _parametrize(
     module: nn.Module,
     parameter: str,
     tensor: spec.Tensor,
-    held: dict[str, torch.Tensor],
+    state: State,
     dtype: torch.dtype,
 ) -> None:
     """What bitsandbytes' `replace_parameter_4bit` does, with weights that are packed already."""
-    packed = nf4.Packed(*(held[tensor.transformers + suffix] for suffix in nf4.SUFFIXES))
+    packed = nf4.Packed(*(state[tensor.transformers + suffix] for suffix in nf4.SUFFIXES))
     values, dynamic = nf4._tables(packed.codes.device)
     nested = bnb.QuantState(
         absmax=packed.scale.flatten(), blocksize=nf4.GROUP, code=dynamic, dtype=torch.float32
     )
-    state = bnb.QuantState(
+    whole = bnb.QuantState(
         absmax=packed.absmax.flatten(),
         shape=torch.Size(tensor.shape),
         code=values,
@@ -205,10 +246,74 @@ def _parametrize(
     )
     codes = nn.Parameter(packed.codes.detach().view(-1, 1), requires_grad=False)
     setattr(module, parameter, codes)
-    whole = math.prod(tensor.shape) < 2**31
-    way: nn.Module = bnb_parametrize.Bnb4bitParametrization(state) if whole else HalvesOf4Bit(state)
-    parametrize.register_parametrization(module, parameter, way, unsafe=True)
+    counted = math.prod(tensor.shape) < 2**31
+    kind = bnb_parametrize.Bnb4bitParametrization if counted else HalvesOf4Bit
+    parametrize.register_parametrization(module, parameter, kind(whole), unsafe=True)
     bnb_parametrize._register_parametrization_hooks(module, parameter)
+
+
+class Ours:
+    """ms4's training step of one document, as the training stage makes it."""
+
+    def __init__(
+        self, model: Any, dims: spec.Dimensions, adapters: AdaptersSection, train: TrainSection
+    ) -> None:
+        """Adapters, policy and optimizer for `packed_model`."""
+        self.model = model
+        lora.add_adapters(model, adapters, dims)
+        checkpointing.apply(model.train(), train.checkpointing, train.offload_activations)
+        self.parameters = lora.trainable(model)
+        self.optimizer = optim.make(train, self.parameters.values())
+        self.module = PackedLoss(model, train.loss_chunk)
+        self.limit = train.max_grad_norm
+        self.device = next(iter(self.parameters.values())).device
+
+    def backward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> float:
+        """Gradients of the mean loss over the labels that have a token before them; the loss."""
+        positions, documents = torch.arange(len(tokens))[None], torch.zeros_like(tokens)[None]
+        wanted = tokens if labels is None else labels
+        targets = torch.cat([wanted[1:], wanted.new_tensor([IGNORED])])[None]
+        batch = Batch.of(tokens[None], positions, documents, targets)
+        loss = self.module(batch.to(self.device)) / batch.trained
+        loss.backward()
+        return float(loss.detach())
+
+    def step(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> float:
+        """Train on int64 [T] on the host, all of it or what has a label."""
+        loss = self.backward(tokens, labels)
+        optim.clip_gradients(self.parameters.values(), self.limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+
+class Plain:
+    """The same step of the plain stack, its loss transformers' own."""
+
+    def __init__(self, model: Any, train: TrainSection) -> None:
+        """Policy and optimizer for `plain_model`."""
+        self.model = model.train()
+        if train.checkpointing != "none":
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = optim.make(train, self.parameters)
+        self.limit = train.max_grad_norm
+        self.device = self.parameters[0].device
+
+    def backward(self, tokens: torch.Tensor) -> float:
+        """Gradients; the loss."""
+        rows = tokens[None].to(self.device)
+        loss = self.model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        return float(loss.detach())
+
+    def step(self, tokens: torch.Tensor) -> float:
+        """Train on int64 [T] on the host."""
+        loss = self.backward(tokens)
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.limit)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
 
 
 def without_gradient(model: nn.Module) -> tuple[int, int]:

@@ -22,9 +22,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
@@ -33,10 +33,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import stacks
 from common import record
 from ms4 import spec
-from ms4.config import AdaptersSection, TrainSection
-from ms4.model import checkpointing, lora
-from ms4.model.module import Batch, PackedLoss
-from ms4.train import optim
+from ms4.config import AdaptersSection, Checkpointing, Preset, TrainSection
+from ms4.model.module import IGNORED
 
 MIDDLE = replace(
     spec.Dimensions(),
@@ -58,11 +56,6 @@ MIDDLE = replace(
 TINY = replace(spec.TINY, expert_width=128)
 """Whole groups of blocks: bitsandbytes counts them through all experts."""
 LENGTH, RANK = 1024, 32
-WAYS = {
-    "attention and shared": ("attention", "shared"),
-    "all, experts too": ("all",),
-}
-POLICIES = ("full", "none")
 CPU = torch.device("cpu")
 CLAIM = (
     "A step of training with adapters on the experts takes half the time of the plain stack's or "
@@ -70,43 +63,61 @@ CLAIM = (
 )
 
 
-class Ours:
-    """ms4's training step."""
+@dataclass(frozen=True)
+class Case:
+    """What is compared."""
 
-    def __init__(self, model: Any, dims: spec.Dimensions, adapters: AdaptersSection, policy: str):
-        self.model = model
-        lora.add_adapters(model, adapters, dims)
-        checkpointing.apply(model.train(), policy, False)  # type: ignore[arg-type]
-        train = TrainSection()
-        self.parameters = lora.trainable(model)
-        self.optimizer = optim.make(train, self.parameters.values())
-        self.module = PackedLoss(model, train.loss_chunk)
-        self.limit = train.max_grad_norm
+    targets: tuple[Preset | Literal["all"], ...]
+    policy: Checkpointing
+    trained: float = 1.0
+    """Share of the positions that are targets."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation."""
 
-    def step(self, tokens: torch.Tensor) -> float:
-        """Train on one document; the loss a target."""
-        positions, documents = torch.arange(len(tokens))[None], torch.zeros_like(tokens)[None]
-        targets = torch.cat([tokens[1:], tokens.new_tensor([-100])])[None]
-        batch = Batch.of(tokens[None], positions, documents, targets)
-        loss = self.module(batch) / batch.trained
-        loss.backward()
-        optim.clip_gradients(self.parameters.values(), self.limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())
+    def __str__(self) -> str:
+        return (
+            f"adapters on {' and '.join(self.targets)}, checkpointing {self.policy}, "
+            f"{100 * self.trained:.0f} % trained, {self.dtype}"
+        )
+
+    @property
+    def adapters(self) -> AdaptersSection:
+        """In FP32 for both, as is PEFT's default."""
+        return AdaptersSection(targets=self.targets, rank=RANK, alpha=2.0 * RANK)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the computation."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+
+DENSE: tuple[Preset, ...] = ("attention", "shared")
+CASES = (
+    Case(("all",), "full"),
+    Case(DENSE, "full"),
+    Case(("all",), "none"),
+    Case(DENSE, "none"),
+    Case(("all",), "full", 0.5),
+    Case(DENSE, "full", 0.5),
+    Case(("all",), "full", dtype="bfloat16"),
+)
 
 
 class Documents(Dataset[dict[str, torch.Tensor]]):
-    """Random tokens, all of them targets."""
+    """Random tokens, of which a share are targets: the last ones, as of an answer."""
 
-    def __init__(self, tokens: torch.Tensor) -> None:
-        self.tokens = tokens
+    def __init__(self, vocabulary: int, count: int, length: int, trained: float) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.tokens = torch.randint(1000, vocabulary, (count, length), generator=generator)
+        self.labels = self.tokens.clone()
+        self.labels[:, : round(length * (1 - trained))] = IGNORED
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+        return {"input_ids": self.tokens[index], "labels": self.labels[index]}
 
 
 class Steps(TrainerCallback):  # type: ignore[misc]
@@ -132,13 +143,13 @@ class Steps(TrainerCallback):  # type: ignore[misc]
         self.after(self.done - 1)
 
 
-def run_trainer(model: Any, tokens: torch.Tensor, policy: str, steps: Steps) -> float:
+def run_trainer(model: Any, data: Documents, policy: str, steps: Steps) -> float:
     """Train on each document with transformers' Trainer; the mean loss."""
     with tempfile.TemporaryDirectory() as directory:
         arguments = TrainingArguments(
             output_dir=directory,
             per_device_train_batch_size=1,
-            max_steps=len(tokens),
+            max_steps=len(data),
             learning_rate=TrainSection().learning_rate,
             lr_scheduler_type="constant",
             optim="adamw_torch_fused",
@@ -150,22 +161,11 @@ def run_trainer(model: Any, tokens: torch.Tensor, policy: str, steps: Steps) -> 
             save_strategy="no",
             logging_strategy="no",
             disable_tqdm=True,
+            # Both stacks meet the same document at a time.
+            train_sampling_strategy="sequential",
         )
-        trainer = Trainer(
-            model=model, args=arguments, train_dataset=Documents(tokens), callbacks=[steps]
-        )
+        trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[steps])
         return float(trainer.train().training_loss)
-
-
-def settings(way: str) -> AdaptersSection:
-    """The adapters of a way."""
-    return AdaptersSection(targets=WAYS[way], rank=RANK, alpha=2.0 * RANK)
-
-
-def some_tokens(dims: spec.Dimensions, documents: int, length: int) -> torch.Tensor:
-    """Random documents."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(1000, dims.vocabulary, (documents, length), generator=generator)
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -177,22 +177,23 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
-def compare(
-    dims: spec.Dimensions, dtype: torch.dtype, way: str, policy: str, pairs: int, length: int
-) -> dict[str, Any]:
+def compare(case: Case, dims: spec.Dimensions, length: int, pairs: int) -> dict[str, Any]:
     """Steps of both in turn, after one of each that is not counted."""
-    base = stacks.packed_model(dims, CPU, dtype)
-    plain = stacks.plain_model(base, dims, dtype, settings(way))
-    ours = Ours(base, dims, settings(way), policy)
-    tokens, seconds, losses = some_tokens(dims, pairs + 1, length), [], []
+    data = Documents(dims.vocabulary, pairs + 1, length, case.trained)
+    train, dtype = TrainSection(checkpointing=case.policy), case.torch_dtype
+    state = stacks.random_weights(dims, CPU, dtype, "full")
+    plain = stacks.plain_model(state, dims, CPU, dtype, case.adapters)
+    model = stacks.packed_model(state, dims, CPU, dtype, "full")
+    ours = stacks.Ours(model, dims, case.adapters, train)
+    seconds, losses = [], []
 
     def after(number: int) -> None:
         started = time.perf_counter()
-        losses.append(ours.step(tokens[number]))
+        losses.append(ours.step(data.tokens[number], data.labels[number]))
         seconds.append(time.perf_counter() - started)
 
     steps = Steps(after)
-    loss = run_trainer(plain, tokens, policy, steps)
+    loss = run_trainer(plain, data, case.policy, steps)
     return {
         "ours_seconds": spread(seconds[1:]),
         "plain_seconds": spread(steps.seconds[1:]),
@@ -211,37 +212,35 @@ def resident() -> tuple[int, int]:
     return now, most
 
 
-def child(name: str, way: str, policy: str, dtype: str, small: bool) -> None:
+def child(name: str, case: Case, dims: spec.Dimensions, length: int) -> None:
     """Three steps of one stack; prints MiB at the most above what was resident after loading."""
-    dims, length = (TINY, 64) if small else (MIDDLE, LENGTH)
-    kind = getattr(torch, dtype)
-    base = stacks.packed_model(dims, CPU, kind)
-    tokens = some_tokens(dims, 3, length)
+    dtype, data = case.torch_dtype, Documents(dims.vocabulary, 3, length, case.trained)
+    state = stacks.random_weights(dims, CPU, dtype, "full")
     ours = plain = None
     if name == "ours":
-        ours = Ours(base, dims, settings(way), policy)
+        model = stacks.packed_model(state, dims, CPU, dtype, "full")
+        ours = stacks.Ours(model, dims, case.adapters, TrainSection(checkpointing=case.policy))
     else:
-        plain = stacks.plain_model(base, dims, kind, settings(way))
-    del base
+        plain = stacks.plain_model(state, dims, CPU, dtype, case.adapters)
+    del state
     gc.collect()
     # What loading took and gave back would be taken again before new memory: back to the system.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
     loaded, _ = resident()
     if ours is not None:
-        for document in tokens:
-            ours.step(document)
+        for tokens, labels in zip(data.tokens, data.labels, strict=True):
+            ours.step(tokens, labels)
     else:
-        run_trainer(plain, tokens, policy, Steps(lambda _: None))
+        run_trainer(plain, data, case.policy, Steps(lambda _: None))
     print(json.dumps({"loaded_mib": loaded, "above_mib": resident()[1] - loaded}))
 
 
-def memory(way: str, policy: str, dtype: str, threads: int, small: bool) -> dict[str, Any]:
+def memory(case: Case, options: list[str]) -> dict[str, Any]:
     """Peak memory of both, each in a process of its own."""
     found: dict[str, Any] = {}
     for name in ("ours", "plain"):
-        command = [sys.executable, __file__, "--child", name, way, policy, dtype]
-        command += ["--threads", str(threads), *(["--tiny"] if small else [])]
+        command = [sys.executable, __file__, "--child", name, str(CASES.index(case)), *options]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stderr[-4000:])
@@ -251,30 +250,30 @@ def memory(way: str, policy: str, dtype: str, threads: int, small: bool) -> dict
 
 
 def main() -> None:
-    """Measure each way under each policy, and record it."""
+    """Measure each case, and record it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5, help="of steps that are timed")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="a model of no interest, to try it")
-    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", nargs="+", default=["float32"], help="of the computation")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     warnings.filterwarnings("ignore", message=r"(?s).*LoRA parametrization")
     torch.set_num_threads(given.threads)
-    if given.child:
-        child(*given.child, given.tiny)
-        return
     dims, length = (TINY, 64) if given.tiny else (MIDDLE, LENGTH)
+    if given.child:
+        name, number = given.child
+        child(name, CASES[int(number)], dims, length)
+        return
+    options = ["--threads", str(given.threads), *(["--tiny"] if given.tiny else [])]
     result: dict[str, Any] = {"threads": given.threads, "tokens": length, "rank": RANK}
-    for dtype in given.dtype:
-        for way in WAYS:
-            for policy in POLICIES:
-                name = f"{dtype}, {way}, checkpointing {policy}"
-                print(name, flush=True)
-                time_ = compare(dims, getattr(torch, dtype), way, policy, given.pairs, length)
-                peak = memory(way, policy, dtype, given.threads, given.tiny)
-                result[name] = {"time": time_, "memory": peak}
-                print(json.dumps(result[name], indent=2), flush=True)
+    for case in CASES:
+        print(case, flush=True)
+        found = {
+            "time": compare(case, dims, length, given.pairs),
+            "memory": memory(case, options),
+        }
+        result[str(case)] = found
+        print(json.dumps(found, indent=2), flush=True)
     if not given.tiny:
         record("step", CLAIM, result)
 
