@@ -129,7 +129,10 @@ class HalvesOf4Bit(nn.Module):
                 quant_type="nf4",
                 dtype=whole.dtype,
             )
-            bnb.dequantize_4bit(codes.view(-1, 1), state, out=part)
+            if packed.is_cuda:
+                bnb.dequantize_4bit(codes.view(-1, 1), state, out=part)
+            else:  # bitsandbytes' CPU kernel writes into memory of its own only
+                part.copy_(bnb.dequantize_4bit(codes.view(-1, 1), state))
         return out
 
 
