@@ -49,10 +49,13 @@ lint: setup
 soak: setup
 	$(BIN)/python -m pytest -m soak --timeout=0
 
-# Another BIN is an environment that is there: nothing is installed into it.
+# Another BIN is an environment that is there: nothing is installed into it. Older versions of torch
+# want cuBLAS's workspace named before they call its products deterministic.
+gpu: export CUBLAS_WORKSPACE_CONFIG := :4096:8
+gpu: export PYTHONPATH := workflow:tui
 gpu: $(if $(filter $(VENV)/bin,$(BIN)),setup)
-	PYTHONPATH=workflow:tui $(BIN)/python -m pytest -m gpu tests/parity
-	PYTHONPATH=workflow:tui $(BIN)/python benchmarks/gpu.py
+	$(BIN)/python -m pytest -m gpu tests/parity
+	$(BIN)/python benchmarks/gpu.py
 
 bench: setup
 	set -e; for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done

@@ -12,6 +12,8 @@ weights say, but the experts must be asked for evenly, as random routers do.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -255,6 +257,18 @@ def _parametrize(
     bnb_parametrize._register_parametrization_hooks(module, parameter)
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """As ms4's training stage has it; the plain stack's does not."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 class Ours:
     """ms4's training step of one document, as the training stage makes it."""
 
@@ -277,9 +291,10 @@ class Ours:
         wanted = tokens if labels is None else labels
         targets = torch.cat([wanted[1:], wanted.new_tensor([IGNORED])])[None]
         batch = Batch.of(tokens[None], positions, documents, targets)
-        loss = self.module(batch.to(self.device)) / batch.trained
-        loss.backward()
-        return float(loss.detach())
+        with deterministic():
+            loss = self.module(batch.to(self.device)) / batch.trained
+            loss.backward()
+            return float(loss.detach())
 
     def step(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> float:
         """Train on int64 [T] on the host, all of it or what has a label."""
