@@ -3,7 +3,8 @@
 #   make demo    the wizard writes a project into demo/, and the tiny model goes through every stage
 #   make check   linters, types, import contracts, and the fast tests
 #   make test    all tests but those that need a GPU or hours
-#   make gpu     the tests that need a CUDA device
+#   make gpu     the tests that need a CUDA device, then the benchmark of it: about ten minutes each
+#                (`make gpu BIN=/usr/bin` takes a Python that has everything already)
 #   make soak    long counts of kills and fuzzing
 #   make bench   the benchmarks; each prints the record that it would add to benchmarks/records/
 #   make generated  what is made from the code: config/, examples/seal
@@ -52,11 +53,16 @@ lint: setup
 soak: setup
 	$(BIN)/python -m pytest -m soak --timeout=0
 
-gpu: setup
-	$(BIN)/python -m pytest -m gpu
+# Another BIN is an environment that is there: nothing is installed into it. Older versions of torch
+# want cuBLAS's workspace named before they call its products deterministic.
+gpu: export CUBLAS_WORKSPACE_CONFIG := :4096:8
+gpu: export PYTHONPATH := workflow:tui
+gpu: $(if $(filter $(VENV)/bin,$(BIN)),setup)
+	$(BIN)/python -m pytest -m gpu tests/parity
+	$(BIN)/python benchmarks/gpu.py
 
 bench: setup
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	set -e; for script in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
 
 # By way of another file: a failing command must not leave an empty one.
 generated: setup

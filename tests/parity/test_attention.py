@@ -13,8 +13,7 @@ from ms4.model.build import load_model
 from ms4.model.module import Batch, PackedLoss
 from ms4.train.batches import collate
 
-from .conftest import relative
-from .test_model import documents
+from .conftest import documents, relative
 
 
 class Config:

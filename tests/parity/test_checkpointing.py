@@ -13,9 +13,7 @@ from ms4.model import checkpointing, lora
 from ms4.model.build import load_model
 from ms4.train.batches import collate, loss_sum
 
-from .conftest import relative
-from .test_adapters import stir
-from .test_model import documents
+from .conftest import documents, relative, stir
 
 POLICIES = [
     ("none", False),
@@ -24,13 +22,6 @@ POLICIES = [
     ("full", True),
     ("selective", True),
 ]
-
-
-@pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
-)
-def device(request):
-    return torch.device(request.param)
 
 
 def build(bases, device, policy, offload, **changes):
@@ -136,13 +127,13 @@ def test_offload_moves_the_layers_inputs_and_nothing_else(bases, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_offload_leaves_the_devices_memory(bases):
+def test_offload_leaves_the_devices_memory(cuda, bases):
     amounts = {}
     for offload in (False, True):
-        model = build(bases, torch.device("cuda"), "full", offload)
+        model = build(bases, cuda, "full", offload)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
-        loss = loss_sum(model, collate([documents([2000])]).to(torch.device("cuda")), 64)
+        loss = loss_sum(model, collate([documents([2000])]).to(cuda), 64)
         amounts[offload] = torch.cuda.memory_allocated() - before
         loss.backward()
     assert amounts[False] - amounts[True] >= spec.TINY.layers * 2000 * spec.TINY.hidden * 2

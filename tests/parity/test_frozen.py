@@ -18,8 +18,7 @@ from ms4.weights.base import Base
 from ms4.weights.convert import descale_directory
 from ms4.weights.writers import write_native
 
-from .conftest import relative
-from .test_adapters import stir
+from .conftest import relative, stir
 from .test_checkpointing import gradients
 
 CPU = torch.device("cpu")

@@ -22,8 +22,7 @@ from ms4.train.batches import IGNORED, collate
 from ms4.weights import nf4
 
 from . import by_hand
-from .conftest import relative
-from .test_model import documents
+from .conftest import documents, relative
 
 SETTINGS = AdaptersSection(targets=("attention", "shared", "experts"), rank=5, alpha=8.0)
 LENGTHS = (21, 1, 40, 2, 33)
@@ -95,25 +94,27 @@ def tokens_of(document, device="cpu"):
 class Theirs:
     """transformers' model with PEFT's adapter."""
 
-    def __init__(self, base, dtype, adapter):
+    def __init__(self, base, dtype, adapter, device):
         config = json.loads((base / "config.json").read_text())
-        model = by_hand.model(dequantized(base), config, dtype)
+        model = by_hand.model(dequantized(base), config, dtype).to(device)
         self.model = PeftModel.from_pretrained(
             model, adapter, is_trainable=True, autocast_adapter_dtype=False
         )
+        self.device = device
         for name, parameter in self.model.named_parameters():
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
 
     def logits(self, group):
         with torch.no_grad():
-            return torch.cat([self.model(input_ids=tokens_of(d)).logits[0] for d in group])
+            rows = [self.model(input_ids=tokens_of(d, self.device)).logits[0] for d in group]
+        return torch.cat(rows).cpu()
 
     def gradients(self, group):
         loss, trained = 0.0, sum(int(mask[1:].sum()) for _, mask in group)
         for ids, mask in group:
-            tokens = tokens_of((ids, mask))
-            wanted = torch.from_numpy(mask[1:]).bool()
+            tokens = tokens_of((ids, mask), self.device)
+            wanted = torch.from_numpy(mask[1:]).bool().to(self.device)
             targets = torch.where(wanted, tokens[0, 1:], IGNORED)
             logits = self.model(input_ids=tokens).logits[0, :-1].float()
             if not wanted.any():  # torch's mean of nothing is no number
@@ -122,7 +123,7 @@ class Theirs:
             part.backward()
             loss += part.item()
         return loss, {
-            name.replace(".default.", "."): p.grad.float()
+            name.replace(".default.", "."): p.grad.float().cpu()
             for name, p in self.model.named_parameters()
             if "lora_" in name
         }
@@ -138,7 +139,7 @@ def test_fp32(device, bases, tmp_path, group, kind):
     """Packed in two rows of unequal length against each document alone."""
     base = bases[kind] / "weights/base"
     ours = Ours(base, kind, device, torch.float32, tmp_path)
-    theirs = Theirs(base, torch.float32, tmp_path)
+    theirs = Theirs(base, torch.float32, tmp_path, device)
     assert relative(ours.logits(group), theirs.logits(group)) < 1e-5
     loss, found = ours.gradients([collate([list(group[:3]), list(group[3:])])])
     wanted_loss, wanted = theirs.gradients(group)
@@ -155,7 +156,9 @@ def test_bf16_is_as_near_to_fp32_as_eager_bf16_is(device, bases, tmp_path, kind)
     group = documents([40] * 3, seed=3)
     base = bases[kind] / "weights/base"
     ours = Ours(base, kind, device, torch.bfloat16, tmp_path)
-    exact, eager = (Theirs(base, dtype, tmp_path) for dtype in (torch.float32, torch.bfloat16))
+    exact, eager = (
+        Theirs(base, dtype, tmp_path, device) for dtype in (torch.float32, torch.bfloat16)
+    )
     error, allowed = (relative(m.logits(group), exact.logits(group)) for m in (ours, eager))
     assert error <= 1.5 * allowed
     _, found = ours.gradients([collate([list(group)])])

@@ -12,9 +12,9 @@ from ms4 import spec
 from ms4.model import attention
 from ms4.model.build import load_model
 from ms4.train.batches import collate, loss_sum
-from ms4.weights.verify import decode_e4m3
+from ms4.weights.recompute import decode_e4m3
 
-from .conftest import relative
+from .conftest import documents, relative
 
 CPU = torch.device("cpu")
 
@@ -99,35 +99,29 @@ def test_image_goes_through_the_vision_tower(checkpoint, bases):
     assert relative(found, wanted) < 1e-5
 
 
-def documents(lengths, seed=0):
-    dice = np.random.default_rng(seed)
-    return [
-        (dice.integers(1000, 4096, n).astype(np.int32), (dice.random(n) < 0.5).astype(np.uint8))
-        for n in lengths
-    ]
-
-
 @torch.no_grad()
-def test_packed_documents_have_the_loss_they_have_alone(bases):
-    model = load_model(bases["nf4"] / "weights/base", "nf4", CPU, torch.float32)
+def test_packed_documents_have_the_loss_they_have_alone(device, bases):
+    model = load_model(bases["nf4"] / "weights/base", "nf4", device, torch.float32)
     group = documents([5, 17, 2, 30, 9])
-    packed = loss_sum(model, collate([group[:3], group[3:]]), chunk=7)
-    alone = sum(loss_sum(model, collate([[document]]), chunk=1000) for document in group)
+    packed = loss_sum(model, collate([group[:3], group[3:]]).to(device), chunk=7)
+    each = [collate([[document]]).to(device) for document in group]
+    alone = sum(loss_sum(model, batch, chunk=1000) for batch in each)
     assert float(packed) == pytest.approx(float(alone), rel=1e-5)
 
 
 @torch.no_grad()
-def test_packed_logits_and_restarting_positions(bases):
-    model = load_model(bases["bf16"] / "weights/base", "bf16", CPU, torch.float32)
+def test_packed_logits_and_restarting_positions(device, bases):
+    model = load_model(bases["bf16"] / "weights/base", "bf16", device, torch.float32)
     group = documents([11, 6])
-    batch = collate([group])
+    batch = collate([group]).to(device)
     assert batch.positions_BT.tolist() == [[*range(11), *range(6)]]
     packed = model(
         input_ids=batch.tokens_BT,
         position_ids=batch.positions_BT,
         attention_mask=attention.document_mask(batch.documents_BT),
     ).logits
-    alone = model(input_ids=torch.from_numpy(group[1][0].astype(np.int64))[None]).logits
+    second = torch.from_numpy(group[1][0].astype(np.int64)).to(device)
+    alone = model(input_ids=second[None]).logits
     assert relative(packed[:, 11:], alone) < 1e-5
 
 

@@ -15,16 +15,10 @@ from ms4.model.build import load_model, prepare_torch
 from ms4.train import optim, state
 from ms4.train.batches import collate, loss_sum
 
-from .conftest import relative
-from .test_model import documents
+from .conftest import documents, relative
 
 RUN = "a hash"
 PAGED = pytest.param("paged_adamw_8bit", "bf16", marks=pytest.mark.gpu)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)

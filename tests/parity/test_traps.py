@@ -65,9 +65,8 @@ from ms4.train.batches import collate
 from ms4.weights import nf4
 from tests.commands import CHECKOUT
 
-from .conftest import relative
+from .conftest import documents, relative
 from .test_experts import KINDS, Module, results
-from .test_model import documents
 
 CPU = torch.device("cpu")
 
@@ -81,12 +80,12 @@ def test_the_tests_that_are_named_above_exist():
 
 
 @pytest.mark.parametrize(("kind", "most"), [("nf4", 0.53), ("fp8", 1.01), ("bf16", 2.0)])
-def test_2_experts_stay_packed_in_memory(bases, kind, most):
+def test_2_experts_stay_packed_in_memory(device, bases, kind, most):
     """Trap 2: the fused experts left in BF16. Bytes a weight while the rest is in fp32, also after
     a training step."""
-    model = load_model(bases[kind] / "weights/base", kind, CPU, torch.float32)
+    model = load_model(bases[kind] / "weights/base", kind, device, torch.float32)
     lora.add_adapters(model, AdaptersSection(targets=("experts",), rank=2), spec.TINY)
-    batch = collate([documents([20, 9])])
+    batch = collate([documents([20, 9])]).to(device)
     for _ in range(2):
         held = sum(
             p.nbytes
@@ -99,12 +98,12 @@ def test_2_experts_stay_packed_in_memory(bases, kind, most):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_3_each_expert_adapter_moves_the_logits(bases, kind):
+def test_3_each_expert_adapter_moves_the_logits(device, bases, kind):
     """Trap 3: a gate_up adapter over packed experts without effect. One factor is stirred at a
     time, of one layer: the logits move, and by what W + ΔW in the plain reference says."""
-    model = load_model(bases[kind] / "weights/base", kind, CPU, torch.float32)
+    model = load_model(bases[kind] / "weights/base", kind, device, torch.float32)
     lora.add_adapters(model, AdaptersSection(targets=("experts",), rank=3), spec.TINY)
-    tokens = torch.arange(1000, 1040)[None]
+    tokens = torch.arange(1000, 1040, device=device)[None]
     text = model.model.language_model
     module = text.layers[1].mlp.experts
     with torch.no_grad():
@@ -135,13 +134,13 @@ def test_5_no_kernel_is_asked_for_more_than_it_counts():
 
 
 @pytest.mark.parametrize("kind", ["bf16", "nf4"])
-def test_6_cosines_and_sines_are_not_multiplied(bases, kind):
+def test_6_cosines_and_sines_are_not_multiplied(device, bases, kind):
     """Trap 6: `mscale_all_dim: 0` alone gives the plain scale, but multiplies cos and sin by 1.4852
     unless `attention_factor: 1.0` stands beside it."""
-    model = load_model(bases[kind] / "weights/base", kind, CPU, torch.float32)
+    model = load_model(bases[kind] / "weights/base", kind, device, torch.float32)
     rotary = model.model.language_model.rotary_emb
     assert rotary.attention_scaling == 1.0
-    cos, sin = rotary(torch.zeros(1, 9, 1), torch.arange(9)[None])
+    cos, sin = rotary(torch.zeros(1, 9, 1, device=device), torch.arange(9, device=device)[None])
     assert torch.allclose(cos.square() + sin.square(), torch.ones_like(cos))
 
 
@@ -170,20 +169,21 @@ def test_8_the_experts_run_where_there_are_no_numbers(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_9_packed_weights_are_parameters_by_expert(bases, kind):
+def test_9_packed_weights_are_parameters_by_expert(device, bases, kind):
     """Trap 9: FSDP2 shards uint8 parameters and leaves buffers whole."""
-    model = load_model(bases[kind] / "weights/base", kind, CPU, torch.bfloat16)
+    model = load_model(bases[kind] / "weights/base", kind, device, torch.bfloat16)
     packed = [m for m in model.modules() if isinstance(m, stores.ExpertStore)]
     assert len(packed) == 2 * spec.TINY.layers
     for store in packed:
         assert not list(store.buffers())
         assert all(p.shape[0] == spec.TINY.experts for p in store.parameters())
+        assert {p.device.type for p in store.parameters()} == {device.type}
 
 
-def test_9_the_head_is_used_inside_the_modules_forward(bases):
+def test_9_the_head_is_used_inside_the_modules_forward(device, bases):
     """Trap 9: the head's weight outside of the root's forward. Were it sharded and gathered by
     hooks around that forward, a hook that gathers would have to be enough."""
-    model = load_model(bases["bf16"] / "weights/base", "bf16", CPU, torch.float32)
+    model = load_model(bases["bf16"] / "weights/base", "bf16", device, torch.float32)
     training = PackedLoss(model, 64)
     whole = model.lm_head.weight
     model.lm_head.weight = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -197,7 +197,7 @@ def test_9_the_head_is_used_inside_the_modules_forward(bases):
     training.register_forward_pre_hook(gather)
     training.register_forward_hook(scatter)
     lora.add_adapters(model, AdaptersSection(targets=("shared",), rank=2), spec.TINY)
-    training(collate([documents([30, 9])])).backward()
+    training(collate([documents([30, 9])]).to(device)).backward()
     assert all(p.grad is not None for p in lora.trainable(model).values())
 
 

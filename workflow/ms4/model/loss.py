@@ -22,23 +22,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int,
         wanted: bool,
     ) -> torch.Tensor:
-        wide = torch.promote_types(hidden_TH.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden_TH.device)
+        kind = torch.promote_types(hidden_TH.dtype, torch.float32)
+        total = torch.zeros((), dtype=kind, device=hidden_TH.device)
         gradient_TH = torch.zeros_like(hidden_TH) if wanted else None
+        # The memory of a chunk is taken once and everything is done in it: on a CPU fresh memory of
+        # this size costs more than what is computed in it.
+        rows, V = min(chunk, rows_N.shape[0]), head_VH.shape[0]
+        made_CV = hidden_TH.new_empty(rows, V)
+        wide_CV = made_CV if made_CV.dtype == kind else hidden_TH.new_empty(rows, V, dtype=kind)
         for start in range(0, rows_N.shape[0], chunk):
             rows_C = rows_N[start : start + chunk]
             targets_C1 = targets_N[start : start + chunk, None]
-            logits_CV = (hidden_TH.index_select(0, rows_C) @ head_VH.T).to(wide)
-            normalizer_C1 = logits_CV.logsumexp(dim=-1, keepdim=True)
-            log_C1 = logits_CV.gather(1, targets_C1) - normalizer_C1
+            product_CV, logits_CV = made_CV[: len(rows_C)], wide_CV[: len(rows_C)]
+            torch.mm(hidden_TH.index_select(0, rows_C), head_VH.T, out=product_CV)
+            if logits_CV.dtype != product_CV.dtype:
+                logits_CV.copy_(product_CV)
+            logits_CV.sub_(logits_CV.amax(dim=-1, keepdim=True))
+            wanted_C1 = logits_CV.gather(1, targets_C1)
+            sum_C1 = logits_CV.exp_().sum(dim=-1, keepdim=True)
+            log_C1 = wanted_C1 - sum_C1.log()
             total -= log_C1.sum()
             if gradient_TH is not None:
-                # d loss / d logits = softmax - one-hot; taken here, in place, while they exist.
-                share_CV = logits_CV.sub_(normalizer_C1).exp_()
-                share_CV.scatter_(1, targets_C1, torch.expm1(log_C1))
-                gradient_TH[rows_C] = share_CV.to(hidden_TH.dtype) @ head_VH
-                del share_CV
-            del logits_CV  # or the next chunk's would stand beside it
+                # d loss / d logits = softmax - one-hot.
+                logits_CV.div_(sum_C1).scatter_(1, targets_C1, torch.expm1(log_C1))
+                if logits_CV.dtype != product_CV.dtype:
+                    product_CV.copy_(logits_CV)
+                gradient_TH[rows_C] = product_CV @ head_VH
         ctx.save_for_backward(gradient_TH)
         return total
 

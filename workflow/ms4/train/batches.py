@@ -5,14 +5,16 @@ Shape letters: B rows (bins), T positions.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ms4.data.dataset import PackedData
 from ms4.data.packing import epoch_order
 from ms4.model.module import IGNORED, PAD, Batch, PackedLoss
+
+if TYPE_CHECKING:  # it brings the tokenizer, which a batch has no use for
+    from ms4.data.dataset import PackedData
 
 __all__ = ["IGNORED", "PAD", "Batch", "collate", "loss_sum", "step_batches"]
 
