@@ -214,7 +214,7 @@ class _Writer:
                 elif part.kind == "image":
                     if joined:
                         pieces.append(joined)
-                        joined = ""
+                        joined, separate = "", False
                     pieces.append(image)
                     image += 1
                 else:
