@@ -181,7 +181,7 @@ class _Signatures:
                 }
 
 
-def _copies(key: bytes, weight: float) -> int:
+def copies_of(key: bytes, weight: float) -> int:
     """How often a sample is taken at this weight; a fraction by the sample's content."""
     whole = int(weight)
     # Not the key itself: `holdout` decides by that, and the two choices must not go together.
@@ -249,7 +249,7 @@ class _Reader:
             into.add(source.name, outcome.line, refused)
             return
         tally.take(sample)
-        copies = _copies(sample.key, self._data.weights.get(source.entry, 1.0))
+        copies = copies_of(sample.key, self._data.weights.get(source.entry, 1.0))
         if copies:
             self._keep(sample, place, copies)
             if sample.signature is not None:
@@ -264,7 +264,7 @@ class _Reader:
             training.longest = max(training.longest, len(tokens))
 
 
-def _load_chat(data: DataSection) -> Chat:
+def load_chat(data: DataSection) -> Chat:
     """The tokenizer of the weights, checked against their manifest."""
     source = manifest.read_manifest(SOURCE, "fetch")
     directory = Path(source["directory"])
@@ -336,13 +336,13 @@ def _print_statement(
     print("\n".join(lines), flush=True)
 
 
-def statements(tally: Tally, length: int) -> list[str]:
+def statements(tally: Tally, length: int, faults: Path = FAULTS) -> list[str]:
     """What is not as a person may expect, a line each."""
     lines = []
     if tally.too_long:
         lines.append(f"dropped: {_too_long(tally, length)}")
     if other := tally.dropped - tally.too_long:
-        lines.append(f"dropped for other reasons: {count(other, 'record')} (in {FAULTS})")
+        lines.append(f"dropped for other reasons: {count(other, 'record')} (in {faults})")
     if tally.truncated:
         lines.append(f"truncated after a turn: {count(tally.truncated, 'sample')}")
     unlike = {kind for kind in tally.by_kind if ", " in kind or kind == "plain text"}
@@ -377,7 +377,7 @@ def run_stage(config: RunConfig) -> None:
         Ms4Error: names all that is wrong with the data.
     """
     data = config.data
-    chat = _load_chat(data)
+    chat = load_chat(data)
     sources = expand(data.train)
     local = [source.path for source in (*sources, *expand(data.test.values())) if not source.hub]
     size = sum(path.stat().st_size for path in local if path.is_file())

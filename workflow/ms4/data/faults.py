@@ -65,13 +65,20 @@ class Faults:
             for fault in sorted(self._faults)
         ]
 
+    def first(self) -> list[str]:
+        """The first ones."""
+        return self._lines()[:LISTED]
+
+    def _lines(self) -> list[str]:
+        return [" ".join(fault.text.splitlines()) for fault in sorted(self._faults)]
+
     def write(self, path: Path) -> list[str]:
         """Write all of them to a file, a line each, or remove it if there are none; returns the
         first ones and how many more there are."""
         if not self._count:
             path.unlink(missing_ok=True)
             return []
-        lines = [" ".join(fault.text.splitlines()) for fault in sorted(self._faults)]
+        lines = self._lines()
         unlisted = self._count - len(lines)
         rest = [f"and {unlisted} more that are not listed"] if unlisted else []
         manifest.write_text(path, "\n".join(lines + rest) + "\n")
