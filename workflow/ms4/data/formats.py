@@ -436,7 +436,10 @@ def _prompt_completion(record: Record) -> Record:
     after = [{"role": "assistant", "content": completion}]
     after = after if isinstance(completion, str) else completion
     if not isinstance(before, list) or not isinstance(after, list):
-        raise SampleFault(f"`prompt` and `{name}` must each be text or a list of messages")
+        raise SampleFault(
+            f"`prompt` is {kind_of(prompt)} and `{name}` {kind_of(completion)}; each must be text "
+            "or a list of messages"
+        )
     # What stands in the prompt is shown and not trained.
     before = [
         {**turn, "weight": 0}

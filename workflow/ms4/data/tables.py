@@ -83,8 +83,8 @@ def _batch_rows(batch: Any, done: int) -> Iterator[Row]:
     for first in range(0, batch.num_rows, _ROWS):
         part = batch.slice(first, _ROWS)
         try:
-            records: list[Any] = part.to_pylist()
-        except (ValueError, OverflowError):  # one of them cannot be read, so each alone
+            records = _records(part)
+        except ValueError:  # one of them cannot be read, so each alone
             records = [None] * part.num_rows
         for at, record in enumerate(records):
             number = done + first + at + 1
@@ -92,9 +92,25 @@ def _batch_rows(batch: Any, done: int) -> Iterator[Row]:
                 yield Row(number, _without_nulls(record))
                 continue
             try:
-                yield Row(number, _without_nulls(part.slice(at, 1).to_pylist()[0]))
-            except (ValueError, OverflowError) as error:
-                yield Row(number, None, f"not readable ({str(error)[:100]}); correct its text")
+                yield Row(number, _without_nulls(_records(part.slice(at, 1))[0]))
+            except ValueError as error:
+                text = " ".join(str(error).split())[:100]
+                yield Row(number, None, f"not readable ({text}); correct or remove it")
+
+
+def _records(part: Any) -> list[Any]:
+    """The records of some rows.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    # Arrow trusts what a file says of itself: converting damaged rows can end the process.
+    part.validate(full=True)
+    try:
+        records: list[Any] = part.to_pylist()
+    except OverflowError as error:  # a date beyond those of Python
+        raise ValueError(str(error)) from error
+    return records
 
 
 def _without_nulls(value: Any) -> Any:
