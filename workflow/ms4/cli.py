@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import os
 import re
 import sys
 import traceback
@@ -140,15 +141,20 @@ def _data_arguments(command: argparse.ArgumentParser) -> None:
 
 def _data(arguments: argparse.Namespace) -> int:
     """Answer `ms4 data`; returns the exit code."""
-    code: int = importlib.import_module("ms4.data.preview").run(
-        arguments.files,
-        as_json=arguments.json,
-        show=arguments.show,
-        effort=arguments.effort,
-        config_file=arguments.config,
-        overrides=arguments.set,
-        tokenizer_file=arguments.tokenizer,
-    )
+    try:
+        code: int = importlib.import_module("ms4.data.preview").run(
+            arguments.files,
+            as_json=arguments.json,
+            show=arguments.show,
+            effort=arguments.effort,
+            config_file=arguments.config,
+            overrides=arguments.set,
+            tokenizer_file=arguments.tokenizer,
+        )
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what is still to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return code
 
 
