@@ -26,12 +26,17 @@ SIZES = [(30, 40), (100, 29), (28, 28), (300, 200), (1, 1)]
 RAWS = [png(*size, seed) for seed, size in enumerate(SIZES)]
 
 
-def write(path: Path, max_size: int = 200, workers: int = 1) -> list[int]:
+NAMES = {"pixels", "starts", "grids", "sha256", "document_starts", "document_images"}
+DOCUMENTS = [[0, 1], [], [2, 3, 1, 1], [], [4, 0]]
+"""Images of each document, by their numbers in `RAWS`."""
+
+
+def write(path: Path, max_size: int = 200, workers: int = 1) -> None:
     with ImageStoreWriter(path, max_size, workers) as writer:
-        numbers = [writer.add(encoded_image(raw, max_size)) for raw in [*RAWS, RAWS[1], RAWS[0]]]
+        for document in DOCUMENTS:
+            writer.add_document([encoded_image(RAWS[number], max_size) for number in document])
         counts = writer.finish()
     assert counts == {"distinct": len(RAWS), "bytes": path.stat().st_size}
-    return numbers
 
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False, max_value=2.0**127)))
@@ -43,10 +48,12 @@ def test_bf16_is_rounded_as_torch_does(values: list[float]) -> None:
 
 def test_each_image_once_as_its_pixels(tmp_path: Path) -> None:
     path = tmp_path / "packed" / "images.safetensors"
-    assert write(path) == [0, 1, 2, 3, 4, 1, 0]
+    write(path)
     assert [file.name for file in path.parent.iterdir()] == ["images.safetensors"]
     store = ImageStore(path)
     assert len(store) == len(RAWS)
+    assert store.documents == len(DOCUMENTS)
+    assert [store.document(number) for number in range(store.documents)] == DOCUMENTS
     for number, raw in enumerate(RAWS):
         expected = torch.from_numpy(pixels(raw, 200)).to(torch.bfloat16)
         stored = torch.from_numpy(np.array(store.pixels(number)).view(np.int16))
@@ -57,7 +64,7 @@ def test_each_image_once_as_its_pixels(tmp_path: Path) -> None:
         assert not store.pixels(number).flags.owndata, "mapped, not copied"
     # It is a safetensors file like any other.
     with safe_open(path, framework="pt") as file:
-        assert set(file.keys()) == {"pixels", "starts", "grids", "sha256"}
+        assert set(file.keys()) == NAMES
         assert file.get_tensor("pixels").dtype == torch.bfloat16
         starts = file.get_tensor("starts").tolist()
         last = file.get_tensor("pixels")[starts[3] : starts[4]].view(3, -1)
@@ -92,7 +99,7 @@ def test_what_is_no_store(tmp_path: Path) -> None:
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     def fail() -> None:
         with ImageStoreWriter(tmp_path / "s", 200) as writer:
-            writer.add(encoded_image(RAWS[0], 200))
+            writer.add_document([encoded_image(RAWS[0], 200)])
             raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
@@ -101,14 +108,14 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
 
 CHILD = """
-import sys
+import json, sys
 from pathlib import Path
 from ms4.data.image_store import ImageStoreWriter
 from ms4.data.images import encoded_image
 raws = [path.read_bytes() for path in sorted(Path(sys.argv[1]).iterdir())]
 with ImageStoreWriter(Path(sys.argv[2]), 200) as writer:
-    for raw in raws:
-        writer.add(encoded_image(raw, 200))
+    for document in json.loads(sys.argv[3]):
+        writer.add_document([encoded_image(raws[number], 200) for number in document])
     writer.finish()
 """
 
@@ -124,6 +131,7 @@ def _kills(tmp_path: Path, count: int) -> None:
     for number in range(count):
         store = tmp_path / str(number) / "store"
         command = [sys.executable, "-c", CHILD, str(tmp_path / "raws"), str(store)]
+        command.append(json.dumps(DOCUMENTS))
         child = subprocess.Popen(command)
         # It is killed some time after it has begun to write; importing takes most of its life.
         deadline = time.monotonic() + 60
