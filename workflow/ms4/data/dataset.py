@@ -11,6 +11,7 @@ import json
 import os
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -24,6 +25,7 @@ from ms4.data.chat import Chat
 from ms4.data.conversation import Conversation
 from ms4.data.faults import Faults, SampleFault
 from ms4.data.formats import NAMES, Reading, to_conversation
+from ms4.data.image_store import ImageStoreWriter
 from ms4.data.packed import PackedData as PackedData
 from ms4.data.packed import PackedWriter
 from ms4.data.packed import TestSample as TestSample
@@ -53,6 +55,7 @@ from ms4.errors import Ms4Error
 SOURCE = Path("weights/source.json")
 TRAIN = Path("data/packed/train.safetensors")
 TEST = Path("data/packed/test.jsonl")
+IMAGES = Path("data/packed/images.safetensors")
 FAULTS = Path("data/faults.txt")
 RESULT = Path("results/data.json")
 
@@ -127,7 +130,7 @@ def _test_samples(chat: Chat, name: str, line: int, conversation: Conversation) 
     if conversation.plain is not None:
         raise SampleFault("plain text has no answer to compare with; give conversations")
     if conversation.images:
-        raise SampleFault("images are not supported yet; remove the sample")
+        raise SampleFault("holds images, which evaluation does not take; remove the sample")
     check_order(conversation)
     conversation = conversation.all_trained()
     plain = conversation.without_thinking()
@@ -198,6 +201,7 @@ class _Reader:
         chat: Chat,
         held_out: _HeldOut,
         writer: PackedWriter,
+        store: ImageStoreWriter | None,
         signatures: _Signatures,
         faults: Faults,
         left_out: Faults,
@@ -206,6 +210,7 @@ class _Reader:
         self._chat = chat
         self._held_out = held_out
         self._writer = writer
+        self._store = store
         self._signatures = signatures
         self._faults = faults
         self._left_out = left_out
@@ -260,6 +265,8 @@ class _Reader:
         training.first = training.first or (place, sample)
         for tokens, trained in documents(sample, self._data.sequence_length):
             self._writer.add(tokens, trained)
+            if self._store is not None:
+                self._store.add_document(sample.encoded.images)
             training.copies.append(copies)
             training.longest = max(training.longest, len(tokens))
 
@@ -387,6 +394,7 @@ def run_stage(config: RunConfig) -> None:
         left_by_a_kill.unlink()
     temporary = TEST.with_name(f".{TEST.name}.{os.getpid()}.tmp")
     spool = TEST.with_name(f".signatures.{os.getpid()}.tmp")
+    with_images = data.modality == "text_vision"
     compared = bool(data.test) or data.holdout > 0
     workers = config.run.threads or len(os.sched_getaffinity(0))
     try:
@@ -394,10 +402,15 @@ def run_stage(config: RunConfig) -> None:
             temporary.open("w", encoding="utf-8") as out,
             spool.open("w+b") as signatures,
             PackedWriter(TRAIN) as writer,
+            ExitStack() as stack,
         ):
-            recipe = Recipe(data, signatures=compared)
+            store = None
+            if with_images:
+                largest = data.images.max_size
+                store = stack.enter_context(ImageStoreWriter(IMAGES, largest, workers))
+            recipe = Recipe(data, with_images=with_images, signatures=compared)
             held_out, near = _HeldOut(out), _Signatures(signatures)
-            reader = _Reader(data, chat, held_out, writer, near, faults, left_out)
+            reader = _Reader(data, chat, held_out, writer, store, near, faults, left_out)
             with (
                 started(chat, recipe, workers, size) as pool,
                 ByteProgress("conversations", size) as progress,
@@ -415,12 +428,14 @@ def run_stage(config: RunConfig) -> None:
             alike = list(near.alike(held_out.near))
             documents, starts, packed = _pack(training, writer.lengths, data)
             writer.finish(documents, starts)
+            images = store.finish() if store is not None else {}
             out.flush()
             manifest.commit_file(temporary, TEST)
     finally:
         temporary.unlink(missing_ok=True)
         spool.unlink(missing_ok=True)
 
+    written = (TRAIN, TEST, IMAGES) if with_images else (TRAIN, TEST)
     train = {
         **tally.counts(),
         **packed,
@@ -428,13 +443,14 @@ def run_stage(config: RunConfig) -> None:
         "formats": training.formats,
         "unused": training.unused,
         "near_duplicates": {"count": len(alike), "first": alike[:NEAR_LISTED]},
+        **({"images": images} if with_images else {}),
     }
     manifest.write_manifest(
         RESULT,
         "preprocess",
         config_hash=config.part_hash("preprocess"),
         inputs=[SOURCE, *local],
-        files=[manifest.file_entry(path, Path()) for path in (TRAIN, TEST)],
+        files=[manifest.file_entry(path, Path()) for path in written],
         train=train,
         test=held_out.counts,
     )

@@ -50,7 +50,7 @@ class Recipe:
 
     data: DataSection
     with_images: bool = False
-    """Encode images; else they are refused, as training does not take them."""
+    """Encode images; else a sample that holds one is refused."""
     signatures: bool = False
     """Make what near duplicates are found by."""
     base: Path = Path()
@@ -167,7 +167,9 @@ class Preparer:
         conversation = settled.conversation
         if conversation.images:
             if not self._recipe.with_images:
-                raise SampleFault("images are not supported yet; remove the sample")
+                raise SampleFault(
+                    "holds images, and data.modality is `text`; remove the sample or its images"
+                )
             conversation = images.resolve(conversation, source.path, self._recipe.image_rules)
         encoded = self._chat.encode(conversation, settled.effort, self._recipe.masking)
         length, plain = len(encoded.tokens), conversation.plain is not None

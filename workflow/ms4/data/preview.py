@@ -318,6 +318,7 @@ def _report(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
 def _content(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
     tally, length = found.tally, config.data.sequence_length
     lengths = tally.sample_lengths
+    with_images = config.data.modality == "text_vision"
     lines = [
         f"{count(tally.turns, 'turn')} of the assistant, {count(tally.tokens, 'token')}, "
         f"{tally.trained_tokens:,} of them trained ({tally.trained_tokens / tally.tokens:.1%})"
@@ -329,7 +330,8 @@ def _content(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
         if counts["samples"]
     ]
     if tally.images:
-        lines.append(f"{count(tally.images, 'image')}, which do not train yet")
+        text = "" if with_images else ", which training takes under data.modality `text_vision`"
+        lines.append(f"{count(tally.images, 'image')}{text}")
     lines += [
         "",
         f"tokens of a sample: half have at most {int(np.median(lengths)):,}, "
