@@ -326,6 +326,8 @@ def _print_statement(
         f"packed into {count(train['bins'], 'sequence')} of {length:,} tokens, "
         f"{train['fill']:.1%} full; the longest sample has {train['longest']:,} tokens"
     )
+    if other := training.tally.dropped - training.tally.too_long:
+        lines.append(f"dropped for other reasons: {count(other, 'record')} (in {FAULTS})")
     lines += statements(training.tally, length)
     if near := train["near_duplicates"]["count"]:
         worst = train["near_duplicates"]["first"][0]
@@ -343,13 +345,11 @@ def _print_statement(
     print("\n".join(lines), flush=True)
 
 
-def statements(tally: Tally, length: int, faults: Path = FAULTS) -> list[str]:
+def statements(tally: Tally, length: int) -> list[str]:
     """What is not as a person may expect, a line each."""
     lines = []
     if tally.too_long:
         lines.append(f"dropped: {_too_long(tally, length)}")
-    if other := tally.dropped - tally.too_long:
-        lines.append(f"dropped for other reasons: {count(other, 'record')} (in {faults})")
     if tally.truncated:
         lines.append(f"truncated after a turn: {count(tally.truncated, 'sample')}")
     unlike = {kind for kind in tally.by_kind if ", " in kind or kind == "plain text"}

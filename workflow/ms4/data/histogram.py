@@ -44,11 +44,11 @@ def by_length(lengths: npt.NDArray[np.int64]) -> list[tuple[str, int]]:
 
 
 def by_fill(filled: npt.NDArray[np.int64], capacity: int) -> list[tuple[str, int]]:
-    """How many sequences are so full, in tenths; the last tenth, where they should be, in parts."""
+    """How many sequences are so full, from the emptiest to the fullest."""
     edges = np.array([0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1.0])
     shares = filled / capacity
     counts = np.histogram(shares, np.append(edges, 1.0 + 1e-9))[0]
     labels = [f"{low:.0%} to {high:.0%}" for low, high in itertools.pairwise(edges)]
     rows = [(label, int(n)) for label, n in zip([*labels, "full"], counts, strict=True)]
-    first = next((at for at, (_, number) in enumerate(rows) if number), 0)
-    return rows[first:]
+    filled_rows = [at for at, (_, number) in enumerate(rows) if number]
+    return rows[filled_rows[0] : filled_rows[-1] + 1] if filled_rows else []

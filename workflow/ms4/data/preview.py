@@ -306,7 +306,7 @@ def _report(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
     )
     if tally.samples:
         lines += _content(config, found, costs)
-    lines += statements(tally, length, FAULTS)
+    lines += statements(tally, length)
     lines += _fault_lines(found.faults)
     if not tally.samples:
         lines.append(
