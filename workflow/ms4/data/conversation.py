@@ -276,11 +276,14 @@ def _refuse_changed_meaning(value: dict[str, Any], role: str, where: str) -> Non
             raise SampleFault(f"{where}: audio is not supported; give its text as content")
 
 
+_WEIGHTS = ("weight", "loss_weight", "train")
+
+
 def _weight(value: dict[str, Any], role: str, where: str) -> int:
     """Whether the message is trained, by the key that says so."""
-    given = {
-        key: value[key] for key in ("weight", "loss_weight", "train") if value.get(key) is not None
-    }
+    given = {key: value[key] for key in _WEIGHTS if value.get(key) is not None}
+    if not given:
+        return 1
     for key, weight in given.items():
         if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
             raise SampleFault(
@@ -288,10 +291,10 @@ def _weight(value: dict[str, Any], role: str, where: str) -> int:
             )
     if len({int(weight) for weight in given.values()}) > 1:
         raise SampleFault(f"{where}: {' and '.join(f'`{k}`' for k in given)} differ; keep one")
-    weight = int(next(iter(given.values()), 1))
+    weight = int(next(iter(given.values())))
     if role == "assistant":
         return weight
-    if given and weight:
+    if weight:
         raise SampleFault(
             f"{where}: `{next(iter(given))}` says that it is trained, and only the assistant's "
             "messages are; remove the key"

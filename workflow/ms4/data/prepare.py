@@ -76,7 +76,7 @@ class Recipe:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sample:
     """A record in tokens."""
 
@@ -266,10 +266,54 @@ def _ready() -> int:
     return os.getpid()
 
 
-def _work(rows: list[Row], reading: Reading, source: Source) -> Batch:
+def _work(rows: list[Row], reading: Reading, source: Source) -> _Sent:
     if _PREPARER is None:
         raise RuntimeError("a worker without its preparer")
-    return _PREPARER.batch(rows, reading, source)
+    return _Sent.of(_PREPARER.batch(rows, reading, source))
+
+
+@dataclass
+class _Sent:
+    """A batch on its way between processes: its arrays as one, which is sent several times faster
+    than thousands of small ones."""
+
+    batch: Batch
+    encoded: list[Encoded]
+    """Of each sample, without its arrays."""
+    lengths: list[int]
+    tokens: Int32s
+    trained: Uint8s
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Sent:
+        none = np.zeros(0, dtype=np.int32)
+        encoded = [o.sample.encoded for o in batch.outcomes if o.sample is not None]
+        bare = Encoded(none, none.astype(np.uint8), none.astype(np.int64))
+        for outcome in batch.outcomes:
+            if outcome.sample is not None:
+                outcome.sample.encoded = bare
+        return cls(
+            batch=batch,
+            encoded=[
+                replace(bare, images=e.images, changed=e.changed) if e.images or e.changed else bare
+                for e in encoded
+            ],
+            lengths=[len(e.tokens) for e in encoded],
+            tokens=np.concatenate([none, *(e.tokens for e in encoded)]),
+            trained=np.concatenate([bare.trained, *(e.trained for e in encoded)]),
+        )
+
+    def received(self) -> Batch:
+        """The batch; its samples' turns cannot be cut any more."""
+        samples = [o.sample for o in self.batch.outcomes if o.sample is not None]
+        start = 0
+        for sample, encoded, length in zip(samples, self.encoded, self.lengths, strict=True):
+            end = start + length
+            sample.encoded = replace(
+                encoded, tokens=self.tokens[start:end], trained=self.trained[start:end]
+            )
+            start = end
+        return self.batch
 
 
 class Workers:
@@ -290,14 +334,14 @@ class Workers:
             for batch in _batched(rows):
                 yield self._preparer.batch(batch, reading, source)
             return
-        waiting: deque[Future[Batch]] = deque()
+        waiting: deque[Future[_Sent]] = deque()
         try:
             for batch in _batched(rows):
                 waiting.append(self._pool.submit(_work, batch, reading, source))
                 if len(waiting) >= self._window:
-                    yield waiting.popleft().result()
+                    yield waiting.popleft().result().received()
             while waiting:
-                yield waiting.popleft().result()
+                yield waiting.popleft().result().received()
         except BrokenProcessPool as error:
             raise Ms4Error(
                 "a process that turns conversations into tokens was killed, for want of memory "

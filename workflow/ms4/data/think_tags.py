@@ -15,6 +15,11 @@ _OPENING = re.compile(r"(?<!`)(?:<think>|\[THINK\])")
 _CLOSING = re.compile(r"(?<!`)(?:</think>|\[/THINK\])")
 
 
+def _may_have_tags(text: str) -> bool:
+    """Cheap, and true of few texts: the patterns are twenty times slower."""
+    return "think>" in text or "THINK]" in text
+
+
 class Piece(NamedTuple):
     """A piece of a text."""
 
@@ -27,6 +32,8 @@ class Piece(NamedTuple):
 def split_tags(text: str) -> list[Piece]:
     """Pieces of an assistant's text. White space around thinking, which only sets the tags apart,
     goes. Thinking without an end is not closed; an end without a beginning stays in the text."""
+    if not _may_have_tags(text):
+        return [Piece("text", text)] if text else []
     pieces: list[Piece] = []
     at = 0
     while opening := _OPENING.search(text, at):
@@ -66,7 +73,7 @@ def unwrap(thinking: str) -> str:
 
 def split_at_end(text: str) -> tuple[str, str] | None:
     """What stands before and after the first end of thinking in a text, or None."""
-    found = _CLOSING.search(text)
+    found = _CLOSING.search(text) if _may_have_tags(text) else None
     return (text[: found.start()].strip(), text[found.end() :].lstrip()) if found else None
 
 
