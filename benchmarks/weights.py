@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import synthetic
-from common import RECORDS, record
+from common import RECORDS, peak_gib, record
 
 PAIRS = 5
 LAYERS = 7
@@ -70,8 +69,7 @@ def child(*arguments: str) -> dict[str, float]:
 
 def report(**figures: float) -> None:
     """What `child` reads: the figures, and this process's peak memory in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({**figures, "peak_gib": round(peak, 3)}))
+    print(json.dumps({**figures, "peak_gib": peak_gib()}))
 
 
 # What runs in a process of its own.
@@ -84,9 +82,9 @@ def child_descale(source: str, target: str, to: str) -> None:
     from ms4.weights import convert
 
     torch.set_num_threads(THREADS)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before = peak_gib()
     seconds = timed(lambda: convert.descale_directory(Path(source), Path(target), to, "plain"))  # type: ignore[arg-type]
-    report(seconds=seconds, imports_gib=round(before, 3))
+    report(seconds=seconds, imports_gib=before)
 
 
 def child_transformers(source: str, target: str) -> None:
@@ -115,10 +113,10 @@ def child_load(base: str) -> None:
     from ms4.model.build import load_model
 
     torch.set_num_threads(THREADS)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    before = peak_gib()
     cpu = torch.device("cpu")
     seconds = timed(lambda: load_model(Path(base), "nf4", cpu, torch.bfloat16))
-    report(seconds=seconds, imports_gib=round(before, 3))
+    report(seconds=seconds, imports_gib=before)
 
 
 # The parts.

@@ -56,3 +56,12 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -
 def without_slurm_job() -> dict[str, str]:
     """The environment, as it is outside a Slurm job."""
     return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+
+
+PEAK = '''
+def peak():
+    """Most bytes of memory of this process so far. getrusage would begin with its parent's."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+'''
+"""For the beginning of a program that a test starts and whose memory it measures."""

@@ -27,7 +27,8 @@ from transformers import Mistral3Config, Mistral4Config
 from ms4 import spec
 from ms4.config import RunConfig
 from ms4.model import attention, checkpointing, lora, stores
-from ms4.model.build import empty_model
+from ms4.model.build import EMBEDDING, empty_model
+from ms4.model.frozen import FP8Linear
 from ms4.model.module import Batch, PackedLoss
 from ms4.train import optim
 from ms4.weights import nf4
@@ -158,10 +159,11 @@ def build(config: RunConfig, dims: spec.Dimensions) -> Any:
     text = Mistral4Config(num_hidden_layers=dims.layers).to_dict()
     text |= {"softmax_scale": dims.head**-0.5, "tie_word_embeddings": False}
     whole = Mistral3Config(text_config=text, tie_word_embeddings=False).to_dict()
-    model = empty_model(whole, dims, config.model.experts, META, torch.bfloat16)
+    dense = config.model.dense_on("cuda")
+    model = empty_model(whole, dims, config.model.experts, META, torch.bfloat16, dense)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not isinstance(module, stores.ExpertStore):
+            if not isinstance(module, stores.ExpertStore | FP8Linear):
                 setattr(module, name, nn.Parameter(parameter.to(torch.bfloat16)))
     model.model.language_model.set_attn_implementation(attention.VARIABLE_LENGTH)
     routed = config.train.micro_batch * config.data.sequence_length * dims.experts_per_token
@@ -191,7 +193,7 @@ def account(config: RunConfig, dims: spec.Dimensions) -> tuple[Account, Accounta
     parameters = lora.trainable(model)
     counted = Accountant()
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-        if name not in parameters:
+        if name not in parameters and name != EMBEDDING:  # that is in host memory
             counted.see(parameter, "weight")
     weights = counted.live
     for parameter in parameters.values():

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from ms4 import config
 from ms4.cli import run_stage
-from ms4.weights.convert import descale_directory
 
 
 def settings(checkpoint: Path, **model):
@@ -27,18 +26,16 @@ def settings(checkpoint: Path, **model):
 
 @pytest.fixture(scope="session")
 def bases(checkpoint, tmp_path_factory) -> dict[str, Path]:
-    """Project directories with a converted base, by the experts' storage; in BF16 and NF4 after
-    the stages that make and verify it."""
+    """Project directories with a converted base, by the experts' storage, after the stages that
+    make and verify it."""
     before = Path.cwd()
     made = {}
-    for kind in ("bf16", "nf4"):
+    for kind in ("bf16", "nf4", "fp8"):
         made[kind] = tmp_path_factory.mktemp(kind)
         os.chdir(made[kind])
         for stage in ("fetch", "descale", "verify"):
             run_stage(stage, settings(checkpoint, experts=kind))
     os.chdir(before)
-    made["fp8"] = tmp_path_factory.mktemp("fp8")
-    descale_directory(checkpoint, made["fp8"] / "weights/base", "fp8", "plain")
     return made
 
 

@@ -93,7 +93,8 @@ def test_dropout_is_of_dense_inputs_and_of_training_alone(bases):
 def test_dense_adapter_against_its_formula():
     torch.manual_seed(0)
     base = torch.nn.Linear(24, 40, bias=False).requires_grad_(False)
-    layer = lora.DenseLora(base, 5, 1.75, 0.0, torch.float32)
+    layer = lora.LinearLora(base)
+    layer.add_lora((24, 40), 5, 1.75, 0.0, torch.float32, CPU)
     layer.lora_B.data.normal_()
     x = torch.randn(2, 7, 24, requires_grad=True)
     wanted = x @ (base.weight + 1.75 * layer.lora_B @ layer.lora_A).T

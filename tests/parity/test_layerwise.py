@@ -19,7 +19,7 @@ from ms4.weights.convert import descale_directory
 from ms4.weights.layerwise import BaseWeights, SourceWeights, token_losses
 from ms4.weights.layouts import Source
 from ms4.weights.shards import Reader
-from tests.commands import CHECKOUT
+from tests.commands import CHECKOUT, PEAK
 
 from . import by_hand
 from .test_model import reference
@@ -168,8 +168,8 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint, tmp_path):
         texts.choose(tmp_path, 3000, tiny=False)
 
 
-MEASURE = """
-import json, resource, sys
+MEASURE = f"""{PEAK}
+import json, sys
 from pathlib import Path
 import numpy as np
 import torch
@@ -188,7 +188,7 @@ for base in map(Path, sys.argv[1:]):
         dims, config = spec.read_dimensions(base), read_json(base / "config.json")
         weights = BaseWeights(base, dims, config, "nf4", reader)
         token_losses(weights, text, ("plain", "yarn"), "loss")
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    peaks.append(peak())
 print(json.dumps(peaks))
 """
 

@@ -12,7 +12,7 @@ from ms4 import spec
 from ms4.errors import Ms4Error
 from ms4.model.build import load_model
 from ms4.weights.convert import descale_directory
-from tests.commands import CHECKOUT
+from tests.commands import CHECKOUT, PEAK
 
 from . import by_hand
 
@@ -116,14 +116,11 @@ def test_a_file_that_is_cut_short_is_named(bases, tmp_path):
         load_model(base, "nf4", CPU, torch.float32)
 
 
-MEASURE = """
-import json, resource, sys
+MEASURE = f"""{PEAK}
+import json, sys
 from pathlib import Path
 import torch
 from ms4.model.build import load_model
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 load_model(Path(sys.argv[1]), "nf4", torch.device("cpu"), torch.bfloat16)
 before = peak()

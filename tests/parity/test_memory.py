@@ -64,6 +64,7 @@ OTHERS = {
     "bf16 adapters": {"adapters": {"dtype": "bf16"}, "optimizer": "adamw_8bit"},
     "bf16 adapters, fp32 moments": {"adapters": {"dtype": "bf16"}},
     "bf16 experts": {"model": {"experts": "bf16"}},
+    "fp8 experts": {"model": {"experts": "fp8"}},
     "rank of experts": {"adapters": {"expert_rank": 5, "rank": 64}},
     "offload": {"offload_activations": True},
     "dropout": {"adapters": {"dropout": 0.1}},
@@ -78,6 +79,26 @@ def test_plan_and_account_agree_on(name):
 
 def test_dropout_without_checkpointing():
     agree(settings(2048, "dense", "none", adapters={"dropout": 0.1}))
+
+
+LEAN = {"adapters": {"dtype": "bf16"}, "optimizer": "adamw_8bit"}
+
+
+@pytest.mark.parametrize(
+    ("targets", "length", "most"),
+    [("dense", 2048, 63), ("dense", 8192, 66), ("all", 2048, 77), ("all", 8192, 79)],
+)
+def test_the_peaks_that_are_promised(targets, length, most):
+    """With the vision tower. The routed experts' adapters alone have 2 G parameters at rank 32:
+    they are held in BF16, their moments in 8 bits; the dense ones need neither."""
+    counted, planned = agree(
+        settings(length, targets, "full", **(LEAN if targets == "all" else {}))
+    )
+    assert counted.peak <= planned.peak <= most * GIB
+
+
+def test_layers_held_in_full():
+    agree(settings(2048, "dense", "full", model={"dense": "full"}))
 
 
 @pytest.mark.slow

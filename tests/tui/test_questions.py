@@ -109,7 +109,7 @@ def test_setting(setting: str, field: str, value: Any) -> None:
         ),
         ("seed.more=1", "`seed` has no keys"),
         ("seed=many", "Input should be a valid integer"),
-        ("model.experts=int3", "Input should be 'nf4' or 'bf16'"),
+        ("model.experts=int3", "Input should be 'nf4', 'fp8' or 'bf16'"),
         ("model=tiny", "Input should be"),
     ],
 )

@@ -202,8 +202,9 @@ STEPS: tuple[Step, ...] = (
                 "How are the routed experts held?",
                 "97 % of the 119 B model's weights. Most people choose nf4.",
                 (
-                    Choice("nf4", "4 bits (119 B model: 55.7 GiB)"),
-                    Choice("bf16", "16 bits, exact (119 B model: 216 GiB)"),
+                    Choice("nf4", "4 bits (119 B: 55.7 GiB)"),
+                    Choice("fp8", "8 bits, as published (119 B: 108 GiB)"),
+                    Choice("bf16", "16 bits, same as fp8 (119 B: 216 GiB)"),
                 ),
             ),
         ),

@@ -276,8 +276,16 @@ def _logged(stage: str) -> Iterator[None]:
     The rules declare that file. `ms4` writes it and not a `| tee` in the shell line: Slurm ends a
     job by SIGTERM to all of its processes, and a stage must outlive its reader to save its work.
     """
-    LOGS.mkdir(exist_ok=True)
-    with (LOGS / f"{stage}.log").open("a", encoding="utf-8") as log:
+    path = LOGS / f"{stage}.log"
+    try:
+        LOGS.mkdir(exist_ok=True)
+        # What cannot be encoded (a file name's odd byte) must not end a stage.
+        opened = path.open("a", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise Ms4Error(
+            f"{path}: cannot be written ({error.strerror}); make the project's directory writable."
+        ) from error
+    with opened as log:
         out, err = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
         try:
             with redirect_stdout(out), redirect_stderr(err):

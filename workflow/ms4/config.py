@@ -29,6 +29,9 @@ from ms4.manifest import sha256_json
 Stage = Literal["fetch", "descale", "verify", "preprocess", "plan", "train", "evaluate", "deliver"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
+Dense = Literal["fp8", "full"]
+"""How dense layers are held."""
+
 Preset = Literal["attention", "shared", "experts"]
 """Layers that get adapters together."""
 PRESETS: tuple[Preset, ...] = get_args(Preset)
@@ -61,8 +64,20 @@ class ModelSection(Section):
     """Convert shards while others are fetched, and remove each when what was made of it is
     verified: less disk, but no FP8 export with the source's own codes. Only with a hub id."""
 
-    experts: Literal["nf4", "bf16"] = "nf4"
-    """How the routed experts are held in memory: `nf4` (4.13 bits a weight) or `bf16`."""
+    experts: Literal["nf4", "fp8", "bf16"] = "nf4"
+    """How the routed experts are held in memory: `nf4` (4.13 bits a weight), `fp8` as published, or
+    `bf16`, which says the same as `fp8` in twice the memory."""
+
+    dense: Literal["auto", "fp8", "full"] = "auto"
+    """How the text model's other linear layers are held: `fp8` as published, or `full`, in the
+    dtype of the computation. Both compute the same, to the bit. auto: `fp8` on CUDA, `full` on a
+    CPU, where it is faster."""
+
+    def dense_on(self, device: str) -> Dense:
+        """What `dense` comes to on a kind of device, `cpu` or `cuda`."""
+        if self.dense == "auto":
+            return "fp8" if device == "cuda" else "full"
+        return self.dense
 
     softmax_scale: Literal["plain", "yarn"] = "plain"
     """Attention's softmax scale: `plain` is 1/sqrt(head dimension), as the published params.json
@@ -159,7 +174,7 @@ class TrainSection(Section):
     """`adamw`: FP32 moments, 8 bytes a parameter; `adamw_8bit`: bitsandbytes' 8-bit ones, 2 bytes;
     `paged_adamw_8bit`: those, in memory that a GPU that is full moves to the host."""
 
-    loss_chunk: int = Field(default=1024, ge=1)
+    loss_chunk: int = Field(default=256, ge=1)
     """Tokens whose logits are held at once by the chunked cross-entropy."""
 
     checkpoint_every: int = Field(default=50, ge=1)
@@ -313,7 +328,10 @@ class RunConfig(Section):
             "descale": ("model.experts", "model.softmax_scale"),
             "verify": (),
             "preprocess": ("data",),
-            "plan": ("method", "model.experts", "data.sequence_length", "adapters", "train", "run"),
+            "plan": (
+                *("method", "model.experts", "model.dense", "data.sequence_length"),
+                *("adapters", "train", "run"),
+            ),
             "train": ("method", "seed", "adapters", "train", "run.device", "run.threads"),
             "evaluate": ("evaluate", "run.device", "run.threads"),
             "deliver": (),

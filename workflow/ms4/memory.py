@@ -107,16 +107,37 @@ def expert_bytes(dims: spec.Dimensions, experts: str) -> int:
 
 
 def weights(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind) -> dict[str, int]:
-    """The base by part: b bytes a weight, but for the routed experts."""
+    """The base by part: b bytes a weight, but for what is held packed (see `ms4.model.frozen`): the
+    routed experts; as FP8, 1 byte a weight and 2 for its scale, the dense matrices of the text
+    model. On CUDA the embedding is in host memory."""
     count, width = parameters(dims), COMPUTE_BYTES[kind]
     return {
         f"routed experts ({config.model.experts})": expert_bytes(dims, config.model.experts),
-        "attention": width * count["attention"],
-        "shared experts": width * count["shared"],
-        "embedding and head": width * (count["embedding"] + count["head"]),
+        "attention": _dense_bytes(config, dims, kind, "attention"),
+        "shared experts": _dense_bytes(config, dims, kind, "shared"),
+        "embedding": 0 if _embedding_on_host(config, kind) else width * count["embedding"],
+        "head": width * count["head"],
         "router and norms": width * (count["router"] + count["norm"]),
         "vision": width * (count["vision"] + count["projector"]),
     }
+
+
+def _dense_bytes(
+    config: RunConfig, dims: spec.Dimensions, kind: DeviceKind, role: spec.Role
+) -> int:
+    if not _packed(config, kind):
+        return COMPUTE_BYTES[kind] * parameters(dims)[role]
+    found = [tensor for tensor in _tensors(dims) if tensor.role == role]
+    return sum(math.prod(t.shape) + 2 for t in found)
+
+
+def _packed(config: RunConfig, kind: DeviceKind) -> bool:
+    """Whether the dense layers are held as FP8."""
+    return config.method == "lora" and config.model.dense_on(kind) == "fp8"
+
+
+def _embedding_on_host(config: RunConfig, kind: DeviceKind) -> bool:
+    return config.method == "lora" and kind == "cuda"
 
 
 # What is trained.
@@ -264,13 +285,18 @@ def layer_transient(config: RunConfig, dims: spec.Dimensions, tokens: int, kind:
 
 def expert_scratch(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind) -> int:
     """The slice in the compute dtype: 2·H·I weights of gate and up an expert, b bytes each; NF4
-    beside it 5 bytes a block for its absmax. BF16 on CUDA is used as it lies."""
+    beside it 5 bytes a block for its absmax. BF16 on CUDA is used as it lies. A dense matrix that
+    is held as FP8 takes its turn in the same memory."""
     width = COMPUTE_BYTES[kind]
+    dense = 0
+    if _packed(config, kind):
+        roles = ("attention", "shared")
+        dense = width * max(math.prod(t.shape) for t in _tensors(dims) if t.role in roles)
     if config.model.experts == "bf16" and width == 2:
-        return 0
+        return dense
     numel = slice_experts(dims, kind) * 2 * dims.hidden * dims.expert_width
     absmax = 5 * math.ceil(numel / NF4_BLOCK) if config.model.experts == "nf4" else 0
-    return numel * width + absmax
+    return max(numel * width, dense) + absmax
 
 
 # The plan.
@@ -376,8 +402,8 @@ def plan(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind) -> Plan:
 
 
 def _host(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind, device: int) -> int:
-    """RAM: on a CPU the components. Else the libraries, the base's largest piece and a checkpoint,
-    each on its way, what is offloaded, and paged moments."""
+    """RAM: on a CPU the components. Else the libraries, the embedding, the base's largest piece and
+    a checkpoint, each on its way, what is offloaded, and paged moments."""
     if kind == "cpu":
         return device
     trained = trained_parameters(config, dims)
@@ -386,6 +412,8 @@ def _host(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind, device: in
         _base_bytes(dims, config.model.experts) // dims.layers, 4 * dims.vocabulary * dims.hidden
     )
     total = CUDA_HOST_BYTES + piece + trained_width(config) * trained + moments
+    if _embedding_on_host(config, kind):
+        total += COMPUTE_BYTES[kind] * parameters(dims)["embedding"]
     if config.train.optimizer.startswith("paged"):
         total += moments
     if config.train.offload_activations:

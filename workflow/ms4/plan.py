@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import model_validator
 from rich import box
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from ms4 import config as configuration
 from ms4 import settings, spec, throughput, yaml_text
-from ms4.config import ModelSection, RunConfig
+from ms4.config import RunConfig
 from ms4.device import GIB, Device, DeviceKind, find_device
 from ms4.errors import Ms4Error
 from ms4.fitting import (
@@ -220,16 +220,8 @@ def run_stage(config: RunConfig) -> None:
 # Outside a project.
 
 
-class _Storage(ModelSection):
-    experts: Literal["nf4", "fp8", "bf16"] = "nf4"  # type: ignore[assignment]
-    """How the routed experts are held in memory."""
-
-
 class Planned(RunConfig):
     """A configuration to plan: also of what does not run yet."""
-
-    model: _Storage = _Storage()
-    """Which weights, and how they are held."""
 
     @model_validator(mode="after")
     def _check_across_fields(self) -> Planned:

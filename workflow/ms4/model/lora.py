@@ -29,6 +29,7 @@ from ms4.config import AdaptersSection, Preset
 from ms4.errors import Ms4Error
 from ms4.manifest import commit_file, write_text
 from ms4.model.experts import ExpertLora
+from ms4.model.frozen import FP8Linear
 
 DENSE = {
     "attention": ("self_attn", spec.MLA_PROJECTIONS),
@@ -50,35 +51,45 @@ class Match:
     parameters: int
 
 
-class DenseLora(nn.Linear):
-    """A frozen linear layer with LoRA: y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ.
+class DenseLora(nn.Module):
+    """Mix-in of a frozen linear layer with LoRA: y = x Wᵀ + scaling · dropout(x) Aᵀ Bᵀ.
 
-    It is the layer itself, not a wrapper: W keeps its name.
+    It stands before the layer's own class, and is the layer itself, not a wrapper: W keeps its
+    name.
     """
 
-    def __init__(
-        self, base: nn.Linear, rank: int, scaling: float, dropout: float, dtype: torch.dtype
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def add_lora(
+        self,
+        sizes: tuple[int, int],
+        rank: int,
+        scaling: float,
+        dropout: float,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        """Take over the weights of `base`.
+        """Make A and B; B is zero.
 
         Args:
-            base: the layer; its parameters are used, not copied.
+            sizes: I and O.
             rank: of the adapter.
             scaling: what the adapter's product is multiplied by.
             dropout: share of the adapter's inputs that is left out in training.
             dtype: how the adapter is held.
+            device: where.
         """
-        super().__init__(base.in_features, base.out_features, base.bias is not None, "meta")
-        self.weight, self.bias = base.weight, base.bias
         self.scaling, self.dropout, self.enabled = scaling, dropout, True
-        device, bound = base.weight.device, 1 / math.sqrt(base.in_features)
-        A_RI = torch.empty(rank, base.in_features, device=device).uniform_(-bound, bound)
+        inner, outer = sizes
+        bound = 1 / math.sqrt(inner)
+        A_RI = torch.empty(rank, inner, device=device).uniform_(-bound, bound)
         self.lora_A = nn.Parameter(A_RI.to(dtype))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(outer, rank, device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., I] → [..., O], in the dtype of `x`."""
-        y = super().forward(x)
+        y: torch.Tensor = super().forward(x)
         if not self.enabled:
             return y
         if self.dropout:
@@ -87,6 +98,24 @@ class DenseLora(nn.Linear):
         # One product that adds to y: its own result would be another [T, O].
         B_RO = self.lora_B.to(x.dtype).T
         return torch.addmm(y.flatten(0, -2), thin_TR, B_RO, alpha=self.scaling).view(y.shape)
+
+
+class LinearLora(DenseLora, nn.Linear):
+    """LoRA on a linear layer in the dtype of the computation."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        """Take over the weights of `base`; they are used, not copied."""
+        super().__init__(base.in_features, base.out_features, base.bias is not None, "meta")
+        self.weight, self.bias = base.weight, base.bias
+
+
+class FP8Lora(DenseLora, FP8Linear):
+    """LoRA on a linear layer that is held as FP8 codes."""
+
+    def __init__(self, base: FP8Linear) -> None:
+        """Take over the weights of `base`; they are used, not copied."""
+        super().__init__(base.in_features, base.out_features, base.workspace)
+        self.codes, self.scale_inv = base.codes, base.scale_inv
 
 
 def dense_pattern(targets: tuple[str, ...]) -> str | None:
@@ -120,9 +149,12 @@ def add_adapters(model: nn.Module, adapters: AdaptersSection, dims: spec.Dimensi
             continue
         pattern = re.compile(str(dense_pattern((preset,))))
         for name, layer in list(model.named_modules()):
-            if pattern.fullmatch(name) and isinstance(layer, nn.Linear):
-                dense = DenseLora(layer, rank, scaling, adapters.dropout, dtype)
-                model.set_submodule(name, dense.train(layer.training))
+            if not pattern.fullmatch(name) or not isinstance(layer, nn.Linear | FP8Linear):
+                continue
+            dense = FP8Lora(layer) if isinstance(layer, FP8Linear) else LinearLora(layer)
+            sizes, device = (layer.in_features, layer.out_features), next(layer.parameters()).device
+            dense.add_lora(sizes, rank, scaling, adapters.dropout, dtype, device)
+            model.set_submodule(name, dense.train(layer.training))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_adapter(name))
     matches = [_match(model, preset, adapters.rank_of(preset)) for preset in adapters.presets]

@@ -131,6 +131,21 @@ class BF16Store(ExpertStore):
         return workspace.take(weight.shape, dtype, weight.device).copy_(weight)
 
 
+def decode_fp8(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """FP8 codes × scale into `out`: the BF16 products in whatever dtype it has. A code has 4
+    significant bits and a scale 8, so they are rounded once.
+
+    Args:
+        codes: e4m3 as uint8, of any shape.
+        scale: bfloat16, broadcastable to it.
+        out: of the shape of `codes`.
+    """
+    values = codes.view(torch.float8_e4m3fn)
+    if out.dtype == torch.bfloat16:
+        return out.copy_(values).mul_(scale)
+    return out.copy_(values.to(torch.bfloat16).mul_(scale))
+
+
 class FP8Store(ExpertStore):
     """FP8 codes (e4m3) with a BF16 scale an expert, as published."""
 
@@ -142,15 +157,14 @@ class FP8Store(ExpertStore):
         self.scale_inv = _frozen(torch.empty(scales, dtype=torch.bfloat16, device=device))
 
     def take(self, which: Which, dtype: torch.dtype, workspace: Workspace) -> torch.Tensor:
-        """The BF16 products, in whatever dtype: a code has 4 significant bits and a scale 8, so
-        they are rounded once."""
-        codes = _select(self.codes, which).view(torch.float8_e4m3fn)
+        """The BF16 products, in whatever dtype."""
+        codes = _select(self.codes, which)
         scale = _select(self.scale_inv, which)
         out = workspace.take(codes.shape, dtype, codes.device)
         if dtype == torch.bfloat16:
-            return out.copy_(codes).mul_(scale)
+            return decode_fp8(codes, scale, out)
         for expert, code, factor in zip(out, codes, scale, strict=True):
-            expert.copy_(code.to(torch.bfloat16).mul_(factor))
+            decode_fp8(code, factor, expert)
         return out
 
 

@@ -138,7 +138,8 @@ def run_stage(config: RunConfig) -> None:
     print(f"train: on {why}; {steps} steps")
     optim.check_device(config.train, device)
     prepare_torch(config.run, config.seed)
-    model = load_model(BASE, manifests["descale"]["experts"], device, dtype)
+    dense = config.model.dense_on(device.type)
+    model = load_model(BASE, manifests["descale"]["experts"], device, dtype, dense)
     matches = lora.add_adapters(model, config.adapters, spec.read_dimensions(BASE))
     _print_matches(matches, config.adapters)
     policy = config.train.checkpointing
