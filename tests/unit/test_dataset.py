@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from rich.console import Console
 from safetensors.numpy import save_file
 
 from ms4 import cli, config, manifest
@@ -22,7 +20,6 @@ from ms4.data import dataset
 from ms4.data.chat import Chat
 from ms4.data.conversation import parse_record
 from ms4.data.dataset import load_packed, read_test, run_stage
-from ms4.data.progress import ByteProgress
 from ms4.data.tekken import write_tekken
 from ms4.errors import Ms4Error
 
@@ -453,34 +450,6 @@ def test_a_long_example_is_cut_but_shows_what_is_trained(chat: Chat) -> None:
     assert text.startswith('<s>[MODEL_SETTINGS]{"reasoning_effort": "none"}')
     assert "question [/INST]⟦answer answer" in text
     assert "answer</s>⟧[INST]more" in text
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def shown(terminal: bool, seconds: float) -> str:
-    """What a read of 10 lines shows if each takes so many seconds."""
-    out, clock = io.StringIO(), Clock()
-    console = Console(file=out, force_terminal=terminal, width=80)
-    with ByteProgress("conversations", 1000, console, clock) as progress:
-        for _ in range(10):
-            clock.now += seconds
-            progress.advance(100)
-    return out.getvalue()
-
-
-def test_progress_is_shown_only_if_it_takes_long() -> None:
-    assert shown(terminal=False, seconds=0.2) == ""
-    assert shown(terminal=True, seconds=0.2) == ""
-    lines = shown(terminal=False, seconds=5).splitlines()
-    assert lines == [f"conversations: {share}% read" for share in (10, 40, 70, 100)]
-    bar = shown(terminal=True, seconds=5)
-    assert "conversations" in bar
-    assert "100 %" in bar
 
 
 def test_no_torch_is_imported() -> None:
