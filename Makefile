@@ -12,6 +12,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Most tests wait for processes that they start: two at a time take half as long on two cores. A
+# file's tests stay together, for what they share.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo test check lint soak bench gpu generated
 
@@ -22,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@# torch first and pinned: a resolver left to itself may fetch several GB of another build
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,train,dev]'
 	touch $@
 
 demo: setup
@@ -33,10 +37,10 @@ demo: setup
 
 # The tests of Slurm skip where no controller answers, but not where CI is set: see .ci/run.
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not soak"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not soak"
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow and not slurm and not gpu and not soak"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow and not slurm and not gpu and not soak"
 
 lint: setup
 	$(BIN)/ruff check

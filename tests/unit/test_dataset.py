@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from rich.console import Console
 from safetensors.numpy import save_file
 
 from ms4 import cli, config, manifest
@@ -22,7 +20,6 @@ from ms4.data import dataset
 from ms4.data.chat import Chat
 from ms4.data.conversation import parse_record
 from ms4.data.dataset import load_packed, read_test, run_stage
-from ms4.data.progress import ByteProgress
 from ms4.data.tekken import write_tekken
 from ms4.errors import Ms4Error
 
@@ -118,15 +115,26 @@ def test_what_is_written(project: Path, chat: Chat) -> None:
     ]
     manifest.check_files(result, Path(), hashes=True)
     assert result["train"] == {
+        "records": 45,
         "samples": 45,
-        "documents": 45,
+        "dropped": 0,
+        "too_long": 0,
+        "truncated": 0,
+        "turns": 45,
         "tokens": len(packed.tokens),
         "trained_tokens": int(packed.trained.sum()),
-        "dropped": 0,
+        "by_effort": by_effort,
+        "by_kind": by_effort,
+        "thinking": {},
+        "changed": {},
+        "documents": 45,
         "bins": len(bins),
         "fill": round(sum(filled) / (128 * len(bins)), 6),
         "longest": max(len(packed.document(d)[0]) for d in range(45)),
-        "by_effort": by_effort,
+        "held_out": 0,
+        "formats": {"train.jsonl": "OpenAI messages", "more.jsonl": "OpenAI messages"},
+        "unused": {},
+        "near_duplicates": {"count": 0, "first": []},
     }
     assert result["train"]["tokens"] == sum(filled) == sum(e["tokens"] for e in by_effort.values())
     assert result["test"] == {}
@@ -313,7 +321,7 @@ def test_too_long_is_an_error(project: Path) -> None:
     assert lines[0] == "the data has 2 faults:"
     assert lines[1].endswith(
         "tokens, but data.sequence_length is 32; raise it, shorten the sample, "
-        "or set data.too_long to `drop`"
+        "or set data.too_long to `drop` or `truncate`"
     )
     assert lines[1].startswith("  train.jsonl:2: ")
     assert lines[3].startswith("  2 samples are longer than data.sequence_length 32; the longest, ")
@@ -324,7 +332,7 @@ def test_too_long_is_dropped_and_counted(project: Path, capsys: pytest.CaptureFi
     write("train.jsonl", sample("a", "b " * 40), sample("a", "b"), sample("c", "d"))
     run_stage(configure(sequence_length=32, too_long="drop"))
     train = json.loads(Path("results/data.json").read_text())["train"]
-    assert (train["samples"], train["documents"], train["dropped"]) == (3, 2, 1)
+    assert (train["records"], train["samples"], train["dropped"]) == (3, 2, 1)
     printed = capsys.readouterr().out
     assert "dropped: 1 sample is longer than data.sequence_length 32; the longest, t" in printed
     assert "what the model sees of train.jsonl:2" in printed
@@ -421,6 +429,7 @@ def test_the_statement(project: Path, capsys: pytest.CaptureFixture[str]) -> Non
     result = json.loads(Path("results/data.json").read_text())["train"]
     share = result["trained_tokens"] / result["tokens"]
     assert lines == [
+        "train.jsonl: OpenAI messages",
         f"training data: 2 samples (1 none, 1 high), {result['tokens']} tokens, "
         f"{share:.1%} of them trained",
         f"packed into 1 sequence of 2,048 tokens, {result['fill']:.1%} full; "
@@ -441,34 +450,6 @@ def test_a_long_example_is_cut_but_shows_what_is_trained(chat: Chat) -> None:
     assert text.startswith('<s>[MODEL_SETTINGS]{"reasoning_effort": "none"}')
     assert "question [/INST]⟦answer answer" in text
     assert "answer</s>⟧[INST]more" in text
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def shown(terminal: bool, seconds: float) -> str:
-    """What a read of 10 lines shows if each takes so many seconds."""
-    out, clock = io.StringIO(), Clock()
-    console = Console(file=out, force_terminal=terminal, width=80)
-    with ByteProgress("conversations", 1000, console, clock) as progress:
-        for _ in range(10):
-            clock.now += seconds
-            progress.advance(100)
-    return out.getvalue()
-
-
-def test_progress_is_shown_only_if_it_takes_long() -> None:
-    assert shown(terminal=False, seconds=0.2) == ""
-    assert shown(terminal=True, seconds=0.2) == ""
-    lines = shown(terminal=False, seconds=5).splitlines()
-    assert lines == [f"conversations: {share}% read" for share in (10, 40, 70, 100)]
-    bar = shown(terminal=True, seconds=5)
-    assert "conversations" in bar
-    assert "100 %" in bar
 
 
 def test_no_torch_is_imported() -> None:

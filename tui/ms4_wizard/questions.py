@@ -123,7 +123,7 @@ STEPS: tuple[Step, ...] = (
                 "choice",
                 "What do the conversations hold?",
                 "The vision tower stays as it is.",
-                (Choice("text", "text only"),),
+                (Choice("text", "text only"), Choice("text_vision", "text and images")),
             ),
         ),
     ),

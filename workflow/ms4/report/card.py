@@ -167,7 +167,9 @@ def _data(run: Run) -> str:
         "samples": "samples",
         "tokens": "tokens",
         "trained_tokens": "tokens that the loss is taken of",
-        "dropped": "samples dropped as too long",
+        "dropped": "records dropped",
+        "truncated": "samples truncated",
+        "held_out": "samples held out",
         "bins": "packed sequences",
         "longest": "longest sample, tokens",
     }
