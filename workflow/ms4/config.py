@@ -11,22 +11,23 @@ import math
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from ms4 import yaml_text
+from ms4.config_data import EFFORTS as EFFORTS
+from ms4.config_data import DataSection as DataSection
+from ms4.config_data import Effort as Effort
+from ms4.config_data import Name as Name
+from ms4.config_data import Section as Section
 from ms4.config_faults import describe
 from ms4.errors import Ms4Error
 from ms4.manifest import sha256_json
 
 Stage = Literal["fetch", "descale", "verify", "preprocess", "plan", "train", "evaluate", "deliver"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-
-Effort = Literal["none", "high"]
-"""What `[MODEL_SETTINGS]{"reasoning_effort": …}` may say to this model."""
-EFFORTS: tuple[Effort, ...] = get_args(Effort)
 
 Dense = Literal["fp8", "full"]
 """How dense layers are held."""
@@ -40,16 +41,6 @@ Checkpointing = Literal["full", "selective", "none"]
 """What a decoder layer keeps for its backward pass; see `ms4.model.checkpointing`."""
 
 Config = TypeVar("Config", bound="RunConfig")
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,31}$")]
-
-
-class Section(BaseModel):
-    """A part of the configuration: unknown keys are refused, values are immutable."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class ModelSection(Section):
@@ -91,29 +82,6 @@ class ModelSection(Section):
     """Attention's softmax scale: `plain` is 1/sqrt(head dimension), as the published params.json
     and vLLM have it; `yarn` multiplies it by yarn's mscale squared, as some versions of
     transformers do."""
-
-
-class DataSection(Section):
-    """Which conversations, and how they become tokens."""
-
-    train: tuple[str, ...] = Field(min_length=1)
-    """JSONL files of OpenAI messages to train on."""
-
-    test: dict[Name, str] = Field(default_factory=dict)
-    """Held-out sets by name: JSONL files of the same form, never trained on."""
-
-    modality: Literal["text"] = "text"
-    """What the conversations hold: `text` (images are refused; they do not train yet)."""
-
-    reasoning: Literal["none", "high", "per_sample"] = "per_sample"
-    """Reasoning effort of the training samples: one for all, or each sample's own
-    `reasoning_effort` field (without one: `high` if it holds thinking, else `none`)."""
-
-    sequence_length: int = Field(default=2048, ge=16, le=1_048_576)
-    """Tokens in a packed sequence; no sample may be longer."""
-
-    too_long: Literal["error", "drop"] = "error"
-    """What to do with a training sample of more than `sequence_length` tokens."""
 
 
 class AdaptersSection(Section):

@@ -7,37 +7,51 @@ mistral-common is the truth about the chat format. What it encodes is (turns in 
     [THINK]…[/THINK]text[TOOL_CALLS]name[ARGS]…</s> [TOOL_RESULTS]…[/TOOL_RESULTS] …
 
 Text never becomes a control id. So whatever stands outside a pair of brackets, <s> aside, is
-the assistant's, and one cumulative sum over the ids finds all of its turns.
+the assistant's, and one cumulative sum over the ids finds all of its turns (`masking`). Most
+conversations are encoded from their pieces (`segments`), which gives the same ids sooner.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import tiktoken
 from mistral_common.exceptions import MistralCommonException
+from mistral_common.protocol.instruct.chunk import ImageChunk, ImageURLChunk
+from mistral_common.protocol.instruct.normalize import get_normalizer
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
-from mistral_common.protocol.instruct.validator import ValidationMode
+from mistral_common.protocol.instruct.validator import ValidationMode, get_validator
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from mistral_common.tokens.tokenizers.image import ImageEncoder, ImageEncoding
+from mistral_common.tokens.tokenizers.instruct import InstructTokenizerV15
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer, load_image_encoder
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from ms4.config import Effort
-from ms4.data.conversation import Conversation
+from ms4.data.conversation import Conversation, Message
 from ms4.data.faults import SampleFault
+from ms4.data.images import MAX_SIZE, EncodedImage, Grid, encoded_image
+from ms4.data.masking import Masking, Masks
+from ms4.data.normalized import changes
+from ms4.data.segments import Segments
 from ms4.errors import Ms4Error
 
-_BRACKETS = (
-    ("[INST]", "[/INST]"),
-    ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
-    ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
-    ("[MODEL_SETTINGS]", "[/MODEL_SETTINGS]"),
-    ("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
-)
-"""What encloses everything that the assistant does not write."""
+__all__ = ["Chat", "Encoded", "Masking"]
+
+_CONTROLS = (
+    "<s>", "</s>", "<pad>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
+    "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[MODEL_SETTINGS]", "[/MODEL_SETTINGS]",
+    "[TOOL_CALLS]", "[ARGS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[THINK]", "[/THINK]",
+    "[IMG]", "[IMG_BREAK]", "[IMG_END]",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,11 +60,17 @@ class Encoded:
 
     tokens: npt.NDArray[np.int32]
     trained: npt.NDArray[np.uint8]
-    """1 on each token that the assistant writes: thinking, tool calls and </s> included."""
+    """1 on each token that is a target of the loss."""
+    turn_ends: npt.NDArray[np.int64]
+    """The position after each assistant turn's </s>: where the conversation may be cut."""
+    images: tuple[EncodedImage, ...] = ()
+    """In the order of their tokens."""
+    changed: Counter[str] = field(default_factory=Counter)
+    """What mistral-common's rules changed, as `normalized.changes` counts it."""
 
     @property
     def last_turn(self) -> int:
-        """Where the assistant's last turn begins."""
+        """Where the assistant's last turn begins; of a conversation whose last turn is trained."""
         return int(np.flatnonzero(self.trained == 0)[-1]) + 1
 
     @property
@@ -58,18 +78,51 @@ class Encoded:
         """The tokens before the assistant's last turn."""
         return self.tokens[: self.last_turn]
 
+    def cut(self, end: int) -> Encoded:
+        """The conversation up to position `end`, one of `turn_ends`."""
+        return replace(
+            self,
+            tokens=self.tokens[:end],
+            trained=self.trained[:end],
+            turn_ends=self.turn_ends[self.turn_ends <= end],
+            images=tuple(image for image in self.images if image.at < end),
+        )
+
+
+class _GridEncoder(ImageEncoder):
+    """Writes an image's tokens by its grid alone; the pixels are prepared elsewhere."""
+
+    grids: Sequence[Grid] = ()
+    used: list[int]
+
+    def __call__(self, content: ImageChunk | ImageURLChunk) -> ImageEncoding:
+        """The tokens of the image whose number stands as the chunk's URL."""
+        if not isinstance(content, ImageURLChunk):
+            raise TypeError("images are handed over by their numbers")
+        number = int(content.get_url())
+        columns, rows = self.grids[number]
+        tokens = ([self.special_ids.img] * columns + [self.special_ids.img_break]) * rows
+        tokens[-1] = self.special_ids.img_end
+        self.used.append(number)
+        return ImageEncoding(tokens=tokens, image=np.empty(0, dtype=np.float32))
+
 
 class Chat:
     """The model's tokenizer and chat format."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_image: int = MAX_SIZE) -> None:
         """Load a `tekken.json`.
+
+        Args:
+            path: the file.
+            max_image: longest side, in pixels, that an image is scaled down to.
 
         Raises:
             Ms4Error: it is not a tokenizer of this model's version.
         """
+        self._path, self._max_image = path, max_image
         try:
-            self._mistral = MistralTokenizer.from_file(path, mode=ValidationMode.agnostic)
+            mistral = MistralTokenizer.from_file(path, mode=ValidationMode.agnostic)
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise Ms4Error(
                 f"{path}: cannot be loaded as a tokenizer ({_one_line(error)}); fetch it again."
@@ -79,7 +132,7 @@ class Chat:
                 f"{path}: not a tokenizer file ({_one_line(error)}); "
                 "the file of Mistral Small 4 is called tekken.json."
             ) from error
-        tokenizer = self._mistral.instruct_tokenizer.tokenizer
+        tokenizer = mistral.instruct_tokenizer.tokenizer
         builder = getattr(tokenizer, "model_settings_builder", None)
         if not isinstance(tokenizer, Tekkenizer) or getattr(builder, "reasoning_effort", 0) is None:
             builder = None
@@ -89,34 +142,70 @@ class Chat:
                 "efforts; take the tekken.json of Mistral Small 4."
             )
         self._tokenizer = tokenizer
-        special = self._tokenizer.get_special_token
-        self.bos, self.eos, self.pad = special("<s>"), special("</s>"), special("<pad>")
-        self.think, self.end_think = special("[THINK]"), special("[/THINK]")
-        self._tool_ids = {special("[TOOL_CALLS]"), special("[ARGS]")}
-        self._first_text_id = self._tokenizer.num_special_tokens
-        # Step of the bracket depth at each special id; the last entry stands for all text.
-        self._step = np.zeros(self._first_text_id + 1, dtype=np.int8)
-        for opening, closing in _BRACKETS:
-            self._step[special(opening)] = 1
-            self._step[special(closing)] = -1
+        special = {name: tokenizer.get_special_token(name) for name in _CONTROLS}
+        self.bos, self.eos, self.pad = special["<s>"], special["</s>"], special["<pad>"]
+        self.think, self.end_think = special["[THINK]"], special["[/THINK]"]
+        self._tool_ids = {special["[TOOL_CALLS]"], special["[ARGS]"]}
+        self._inst = special["[INST]"]
+        self._first_text_id = tokenizer.num_special_tokens
+        self._masks = Masks(special, self._first_text_id)
+        self._grid_encoder: _GridEncoder | None = None
+        if tokenizer.image is not None:
+            ids = load_image_encoder(tokenizer.image, tokenizer).special_ids
+            self._grid_encoder = _GridEncoder(tokenizer.image, ids)
+        self._mistral: MistralTokenizer[Any, Any, Any, Any, Any, Any, Any] = MistralTokenizer(
+            InstructTokenizerV15(tokenizer, image_encoder=self._grid_encoder),
+            get_validator(tokenizer.version, mode=ValidationMode.agnostic),
+            get_normalizer(tokenizer.version, builder),
+        )
+        # Not part of mistral-common's interface: without it all goes the slow way.
+        engine = getattr(tokenizer, "_model", None)
+        self._segments = (
+            Segments(engine, special, self._first_text_id, self._head)
+            if isinstance(engine, tiktoken.Encoding)
+            else None
+        )
+
+    def __reduce__(self) -> tuple[type[Chat], tuple[Path, int]]:
+        """Worker processes load the file again."""
+        return Chat, (self._path, self._max_image)
 
     @property
     def vocabulary(self) -> int:
         """Number of token ids."""
         return self._tokenizer.n_words
 
-    def encode(self, conversation: Conversation, effort: Effort) -> Encoded:
+    def encode(
+        self, conversation: Conversation, effort: Effort, masking: Masking | None = None
+    ) -> Encoded:
         """Token ids of the whole conversation, and which of them are trained.
 
+        Args:
+            conversation: its images resolved to their bytes (`images.resolve`).
+            effort: the reasoning effort; plain text has none.
+            masking: what of the assistant's turns is trained; None: everything.
+
         Raises:
-            SampleFault: mistral-common refuses the conversation.
+            SampleFault: mistral-common refuses the conversation, or nothing of it is trained.
         """
-        tokens = self._encode(conversation, effort)
-        step = self._step[np.minimum(tokens, self._first_text_id)]
-        outside = np.cumsum(step, dtype=np.int32) == 0
-        trained = outside & (step == 0)
-        trained[0] = False  # <s>
-        return Encoded(tokens, trained.astype(np.uint8))
+        if conversation.plain is not None:
+            return self._encode_plain(conversation.plain)
+        images = self._images(conversation)
+        tokens, order = self._encode(conversation, effort, [image.grid for image in images])
+        weights = _turn_weights(conversation)
+        trained, turn_ends = self._masks.find(tokens, masking or Masking(), weights)
+        if (masking is not None or weights is not None) and not trained.any():
+            raise SampleFault(
+                "nothing of it would be trained: its turns have weight 0, or hold only what "
+                "data.train_turns, train_thinking or train_tool_calls leave out; remove it"
+            )
+        if images:
+            starts = self._image_starts(tokens)
+            images = [
+                replace(images[number], at=start)
+                for number, start in zip(order, starts, strict=True)
+            ]
+        return Encoded(tokens, trained, turn_ends, tuple(images), changes(conversation))
 
     def encode_prompt(self, conversation: Conversation, effort: Effort) -> list[int]:
         """Token ids up to where the model begins to write the last assistant turn.
@@ -127,20 +216,107 @@ class Chat:
         prompt: list[int] = self.encode(conversation, effort).prompt.tolist()
         return prompt
 
-    def _encode(self, conversation: Conversation, effort: Effort) -> npt.NDArray[np.int32]:
+    def encode_slowly(self, conversation: Conversation, effort: Effort) -> npt.NDArray[np.int32]:
+        """Token ids by mistral-common's own code alone: what the fast way is tested against.
+
+        Raises:
+            SampleFault: mistral-common refuses the conversation.
+        """
+        grids = [image.grid for image in self._images(conversation)]
+        return self._encode_slowly(conversation, effort, grids)[0]
+
+    def _encode_plain(self, text: str) -> Encoded:
+        """Text for continued pre-training: <s>, the text, </s>; all but <s> is trained."""
+        try:
+            ids = self._tokenizer.encode(text, bos=True, eos=True)
+        except ValueError as error:
+            raise SampleFault(
+                f"refused by the tokenizer: {_one_line(error)}; shorten the text"
+            ) from error
+        tokens = np.array(ids, dtype=np.int32)
+        trained = np.ones(len(tokens), dtype=np.uint8)
+        trained[0] = 0
+        ends = np.array([len(tokens)], dtype=np.int64)
+        return Encoded(tokens, trained, ends, (), changes(Conversation((), plain=text)))
+
+    def _images(self, conversation: Conversation) -> list[EncodedImage]:
+        parts = [
+            part
+            for message in conversation.messages
+            for part in message.parts
+            if part.kind == "image"
+        ]
+        if parts and self._grid_encoder is None:
+            raise SampleFault("holds images, which this tokenizer does not know; remove them")
+        images = []
+        for part in parts:
+            if part.image is None or not isinstance(part.image.value, bytes):
+                raise TypeError("images must be resolved before they are encoded")
+            images.append(encoded_image(part.image.value, self._max_image))
+        return images
+
+    def _image_starts(self, tokens: npt.NDArray[np.int32]) -> list[int]:
+        """Where each image's tokens begin."""
+        if self._grid_encoder is None:
+            return []
+        ids = self._grid_encoder.special_ids
+        inside = (tokens == ids.img) | (tokens == ids.img_break) | (tokens == ids.img_end)
+        ends = np.flatnonzero(tokens == ids.img_end)
+        starts, before = [], -1
+        for end in ends.tolist():
+            start = before + 1 + int(np.argmax(inside[before + 1 : end + 1]))
+            starts.append(start)
+            before = end
+        return starts
+
+    def _encode(
+        self, conversation: Conversation, effort: Effort, grids: list[Grid]
+    ) -> tuple[npt.NDArray[np.int32], list[int]]:
+        """The ids, and the numbers of the images in the order of their tokens."""
+        if self._segments is not None:
+            found = self._segments.encode(conversation, effort, grids)
+            if found is not None:
+                tokens = np.array(found[0], dtype=np.int32)
+                tokens += self._first_text_id
+                return tokens, found[1]
+        return self._encode_slowly(conversation, effort, grids)
+
+    def _encode_slowly(
+        self, conversation: Conversation, effort: Effort, grids: list[Grid]
+    ) -> tuple[npt.NDArray[np.int32], list[int]]:
+        used: list[int] = []
+        if self._grid_encoder is not None:
+            self._grid_encoder.grids, self._grid_encoder.used = grids, used
+        messages = _openai_messages(conversation.messages)
+        # A round trip through JSON is the fastest deep copy of what came from JSON.
+        tools = json.loads(json.dumps(conversation.tools))
+        return np.array(self._ask(messages, tools, effort), dtype=np.int32), used
+
+    def _head(self, tools: str, effort: Effort) -> list[int]:
+        """What stands before the first [INST]: tools (as JSON) and settings, as mistral-common
+        writes them."""
+        messages: list[dict[str, Any]] = [{"role": "user", "content": ""}]
+        tokens = self._ask(messages, json.loads(tools) if tools else [], effort)
+        return tokens[1 : tokens.index(self._inst)]
+
+    def _ask(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], effort: Effort
+    ) -> list[int]:
+        """mistral-common's own ids; it may change what it is given.
+
+        Raises:
+            SampleFault: it refuses.
+        """
         try:
             request: ChatCompletionRequest = ChatCompletionRequest.from_openai(  # type: ignore[type-arg]
-                messages=[message.to_openai() for message in conversation.messages],
-                # A round trip through JSON is the fastest deep copy of what came from JSON.
-                tools=json.loads(json.dumps(conversation.tools)) or None,
-                reasoning_effort=effort,
+                messages=messages, tools=tools or None, reasoning_effort=effort
             )
-            tokens = self._mistral.encode_chat_completion(request).tokens
+            tokens: list[int] = self._mistral.encode_chat_completion(request).tokens
         except (MistralCommonException, ValueError, AssertionError, RecursionError) as error:
             raise SampleFault(
                 f"refused by mistral-common: {_one_line(error)}; correct the messages"
             ) from error
-        return np.array(tokens, dtype=np.int32)
+        return tokens
 
     def decode(self, tokens: npt.NDArray[np.int32] | list[int]) -> str:
         """Text of token ids; control ids by their names."""
@@ -185,6 +361,41 @@ class Chat:
         if thought is not None:
             thinking = self.decode([t for t in thought if t >= self._first_text_id])
         return thinking, answer, bool(ended and only_known and right_thinking and answer)
+
+
+def _openai_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """In OpenAI's form, each image's number in the place of its URL."""
+    made, number = [], 0
+    for message in messages:
+        fields = message.to_openai()
+        for index, part in enumerate(message.parts):
+            if part.kind == "image":
+                fields["content"][index] = {"type": "image_url", "image_url": {"url": str(number)}}
+                number += 1
+        made.append(fields)
+    return made
+
+
+def _turn_weights(conversation: Conversation) -> list[int] | None:
+    """The weight of each turn of the assistant; None if all are 1.
+
+    Raises:
+        SampleFault: messages of one turn have different weights.
+    """
+    messages = conversation.messages
+    if all(message.weight == 1 for message in messages if message.role == "assistant"):
+        return None
+    weights = []
+    for role, turn in groupby(messages, key=lambda message: message.role):
+        if role == "assistant":
+            found = {message.weight for message in turn}
+            if len(found) > 1:
+                raise SampleFault(
+                    "assistant messages in a row are one turn with one end, but their weights "
+                    "differ; give them one weight, or join them"
+                )
+            weights.append(found.pop())
+    return weights
 
 
 def _one_line(error: BaseException) -> str:

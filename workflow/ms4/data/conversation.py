@@ -26,13 +26,25 @@ ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
+class Image:
+    """Where an image's bytes are, as the record says it; nothing of it is opened here."""
+
+    kind: Literal["path", "url", "base64", "bytes"]
+    """`base64`: the text behind the comma of a data URI, or alone."""
+    value: str | bytes
+
+
+@dataclass(frozen=True)
 class Part:
     """A piece of a message's content."""
 
-    kind: Literal["text", "thinking"]
-    text: str
+    kind: Literal["text", "thinking", "image"]
+    text: str = ""
+    """Empty for an image."""
     closed: bool = True
     """False: thinking that was cut off and gets no [/THINK]."""
+    image: Image | None = None
+    """Of an image, and only of one."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class Message:
     """As in OpenAI's form."""
     tool_call_id: str | None = None
     name: str | None = None
+    weight: int = 1
+    """0: an assistant's message that is shown and not trained."""
 
     @property
     def has_thinking(self) -> bool:
@@ -74,12 +88,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A checked record: it has a user's turn first and ends with a turn of the assistant."""
+    """A checked record: it has a user's turn first and ends with a turn of the assistant; or it is
+    plain text for continued pre-training, without messages."""
 
     messages: tuple[Message, ...]
     tools: tuple[dict[str, Any], ...] = ()
     effort: Effort | None = None
     """What the record says; None if it says nothing."""
+    plain: str | None = None
+    """Text that is trained as it is, between <s> and </s>; then `messages` is empty."""
 
     @property
     def assistant_turns(self) -> list[tuple[Message, ...]]:

@@ -1,0 +1,287 @@
+"""Generated conversations: ids, masks, images and counted changes against mistral-common's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mistral_common.protocol.instruct.validator import ValidationMode
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+from ms4.config import EFFORTS, Effort
+from ms4.data.chat import Chat, Masking
+from ms4.data.faults import SampleFault
+from ms4.data.tekken import write_tekken
+from tests.chat_reference import (
+    Record,
+    assistant_turns,
+    conversation_of,
+    mask_of,
+    records,
+    reference,
+    replaced,
+    spans_by_prefixes,
+    written,
+)
+
+
+@pytest.fixture(scope="module")
+def tekken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tekken.json"
+    write_tekken(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chat(tekken: Path) -> Chat:
+    return Chat(tekken)
+
+
+@pytest.fixture(scope="module")
+def mistral(tekken: Path) -> MistralTokenizer:  # type: ignore[type-arg]
+    return MistralTokenizer.from_file(tekken, mode=ValidationMode.agnostic)
+
+
+def check(chat: Chat, mistral: Any, record: Record, effort: Effort) -> None:
+    """Everything that is promised of an encoded conversation."""
+    messages = record["messages"]
+    conversation = conversation_of(record)
+    whole = reference(mistral, record, messages, effort)
+    spans = spans_by_prefixes(mistral, record, effort)
+    encoded = chat.encode(conversation, effort)
+    assert encoded.tokens.tolist() == whole
+    assert chat.encode_slowly(conversation, effort).tolist() == whole
+    assert encoded.trained.tolist() == mask_of(len(whole), spans).tolist()
+    assert encoded.turn_ends.tolist() == [end for _, end in spans]
+
+    # What is trained reads as the assistant wrote it, as far as mistral-common lets it.
+    turns = [messages[start:end] for start, end in assistant_turns(messages)]
+    for (start, end), turn in zip(spans, turns, strict=True):
+        assert chat.decode(encoded.tokens[start:end]) == written(turn)
+
+    # No text becomes a control id: each stands as often as the shape of the conversation says.
+    roles = [message["role"] for message in messages]
+    special = encoded.tokens[encoded.tokens < 1000]
+    assert (special == chat.eos).sum() == len(turns)
+    assert (special == chat.bos).sum() == 1
+    users = sum(
+        role == "user" and (not n or roles[n - 1] != "user") for n, role in enumerate(roles)
+    )
+    assert (special == 3).sum() == (special == 4).sum() == users
+    assert (special == 7).sum() == (special == 8).sum() == roles.count("tool")
+    assert (special == 17).sum() == (special == 18).sum() == roles.count("system")
+    thinking = [
+        part for message in messages for part in message["content"] if part["type"] == "thinking"
+    ]
+    assert (special == chat.think).sum() == len(thinking)
+    assert (special == chat.end_think).sum() == sum(part["closed"] for part in thinking)
+
+    check_images(encoded, messages)
+    check_changes(chat, encoded, record, turns)
+
+
+def check_images(encoded: Any, messages: list[Record]) -> None:
+    """Every image stands where its tokens are, and cutting keeps those before the cut."""
+    shown = sum(part["type"] == "image_url" for m in messages for part in m["content"])
+    assert len(encoded.images) == shown
+    ends = np.flatnonzero(encoded.tokens == 13)
+    for image, end in zip(encoded.images, ends.tolist(), strict=True):
+        columns, rows = image.grid
+        tokens = encoded.tokens[image.at : end + 1]
+        assert tokens.tolist() == [*(([10] * columns + [12]) * rows)[:-1], 13]
+        assert len(tokens) == image.tokens
+    end = int(encoded.turn_ends[0])
+    cut = encoded.cut(end)
+    assert cut.tokens.tolist() == encoded.tokens[:end].tolist()
+    assert cut.trained.sum() == encoded.trained[:end].sum()
+    assert len(cut.images) == (ends < end).sum()
+    assert cut.turn_ends.tolist() == [end]
+
+
+def check_changes(chat: Chat, encoded: Any, record: Record, turns: list[list[Record]]) -> None:
+    """The counts of what was changed, recounted from the result."""
+    stripped = 0
+    for turn in turns:
+        parts = [part for message in turn for part in message["content"]]
+        texts = [part["text"] for part in parts if part["type"] == "text" and part["text"]]
+        thought = any(part["type"] == "thinking" for part in parts)
+        stripped += bool(texts) and texts[-1].endswith(" ") and not thought
+    assert encoded.changed["trailing_spaces"] == stripped
+    halves = chat.decode(encoded.tokens).count("\ufffd") - str(
+        chat.decode(chat.encode(conversation_of(without_surrogates(record)), "none").tokens)
+    ).count("\ufffd")
+    assert encoded.changed["surrogates"] >= halves
+    assert (encoded.changed["surrogates"] > 0) == (halves > 0)
+
+
+def without_surrogates(value: Any) -> Any:
+    """The same with X for every half of a surrogate pair."""
+    if isinstance(value, str):
+        return "".join(
+            new if new != "\ufffd" or old == "\ufffd" else "X"
+            for old, new in zip(*[iter_pairs(value), replaced(value)], strict=True)
+        )
+    if isinstance(value, list):
+        return [without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {without_surrogates(k): without_surrogates(v) for k, v in value.items()}
+    return value
+
+
+def iter_pairs(text: str) -> list[str]:
+    """Characters, two halves that belong together as one."""
+    pairs: list[str] = []
+    for character in text:
+        if pairs and "\ud800" <= pairs[-1] <= "\udbff" and "\udc00" <= character <= "\udfff":
+            pairs[-1] += character
+        else:
+            pairs.append(character)
+    return pairs
+
+
+def run(chat: Chat, mistral: Any, examples: int) -> None:
+    @settings(
+        deadline=None,
+        max_examples=examples,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(records(), st.sampled_from(EFFORTS))
+    def each(record: Record, effort: Effort) -> None:
+        check(chat, mistral, record, effort)
+
+    each()
+
+
+def test_a_sample_of_generated_conversations(chat: Chat, mistral: Any) -> None:
+    run(chat, mistral, 40)
+
+
+@pytest.mark.slow
+def test_five_thousand_generated_conversations(chat: Chat, mistral: Any) -> None:
+    run(chat, mistral, 5000)
+
+
+# Masks, by another way: each turn cut into its tokens.
+
+
+def expected_mask(
+    chat: Chat,
+    tokens: list[int],
+    spans: list[tuple[int, int]],
+    masking: Masking,
+    weights: list[int],
+) -> list[int]:
+    """The mask by walking over the tokens."""
+    mask = [0] * len(tokens)
+    for number, (start, end) in enumerate(spans):
+        last = number == len(spans) - 1
+        if weights[number] == 0 or (masking.turns == "last" and not last):
+            continue
+        thinks, calls = False, False
+        for at in range(start, end - 1):
+            thinks = thinks or tokens[at] == chat.think
+            calls = calls or tokens[at] == 9
+            hidden = (thinks and not (masking.thinking and (last or masking.earlier_thinking))) or (
+                calls and not masking.tool_calls
+            )
+            mask[at] = int(not hidden)
+            if tokens[at] == chat.end_think:
+                thinks = False
+        mask[end - 1] = int(any(mask[start : end - 1]))
+    return mask
+
+
+maskings = st.builds(
+    Masking,
+    turns=st.sampled_from(["all", "last"]),
+    thinking=st.booleans(),
+    tool_calls=st.booleans(),
+    earlier_thinking=st.booleans(),
+)
+
+
+def test_masks_of_every_kind(chat: Chat, mistral: Any) -> None:
+    refused, kept = [], []
+
+    @settings(
+        deadline=None,
+        max_examples=60,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    @given(records(images=False), maskings, st.data())
+    def each(record: Record, masking: Masking, data: st.DataObject) -> None:
+        turns = assistant_turns(record["messages"])
+        weights = [data.draw(st.sampled_from([1, 1, 0])) for _ in turns]
+        by_message = {
+            number: weight
+            for (start, end), weight in zip(turns, weights, strict=True)
+            for number in range(start, end)
+        }
+        conversation = conversation_of(record, by_message)
+        spans = spans_by_prefixes(mistral, record, "high")
+        tokens = chat.encode_slowly(conversation, "high").tolist()
+        expected = expected_mask(chat, tokens, spans, masking, weights)
+        if not any(expected):
+            with pytest.raises(SampleFault, match="nothing of it would be trained"):
+                chat.encode(conversation, "high", masking)
+            refused.append(1)
+            return
+        encoded = chat.encode(conversation, "high", masking)
+        assert encoded.tokens.tolist() == tokens
+        assert encoded.trained.tolist() == expected
+        # Never outside the assistant's turns.
+        outside = mask_of(len(tokens), spans) == 0
+        assert not encoded.trained[outside].any()
+        kept.append(1)
+
+    each()
+    assert refused
+    assert kept
+
+
+def test_weights_that_differ_within_a_turn_are_a_fault(chat: Chat) -> None:
+    def text(role: str, words: str) -> Record:
+        return {"role": role, "content": [{"type": "text", "text": words}]}
+
+    record = {"messages": [text("user", "a"), text("assistant", "b"), text("assistant", "c")]}
+    with pytest.raises(SampleFault, match="one turn with one end, but their weights differ"):
+        chat.encode(conversation_of(record, {1: 0}), "none")
+    both = chat.encode(conversation_of(record), "none")
+    assert both.trained.sum() == len(both.tokens) - both.last_turn
+
+
+def test_plain_text_is_trained_whole(chat: Chat) -> None:
+    from ms4.data.conversation import Conversation
+
+    text = "Once [INST]upon</s> a time \ud800 "
+    encoded = chat.encode(Conversation((), plain=text), "none")
+    assert encoded.trained.tolist() == [0] + [1] * (len(encoded.tokens) - 1)
+    assert chat.decode(encoded.tokens) == f"<s>{replaced(text)}</s>"
+    assert (encoded.tokens < 1000).sum() == 2
+    assert encoded.turn_ends.tolist() == [len(encoded.tokens)]
+    assert encoded.changed == {"surrogates": 1}
+    with pytest.raises(SampleFault, match=r"refused by the tokenizer: .*; shorten the text"):
+        chat.encode(Conversation((), plain=" " * 1_000_000), "none")
+
+
+def test_long_runs_go_the_way_that_ends_in_an_error(chat: Chat, mistral: Any) -> None:
+    """The fast way's engine dies of what it cannot match; no text that it gets is that long."""
+    for piece in (" ", "\n", "a", "A", "9", "é", "汉", "\u0301", "-", "\t \r\n"):
+        for length in (49_999, 50_001):
+            text = (piece * length)[:length]
+            record = {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": text}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
+                ]
+            }
+            tokens = chat.encode(conversation_of(record), "none").tokens
+            assert tokens.tolist() == reference(mistral, record, record["messages"], "none")
+
+
+def test_a_worker_loads_the_tokenizer_again(chat: Chat, tekken: Path) -> None:
+    assert chat.__reduce__() == (Chat, (tekken, 1540))
