@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -78,17 +80,25 @@ class RunScreen(Screen[Snapshot | None]):
         Binding("q,escape", "leave", "Leave"),
     ]
 
-    def __init__(self, root: Path, profile: str, start: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        profile: str,
+        start: bool = False,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         """
         Args:
             root: the project's directory.
             profile: the Snakemake profile that it is started with.
             start: start it at once, if nothing runs.
+            now: seconds since the epoch.
         """
         super().__init__()
         self.root = root.resolve()
         self.profile = profile
         self._start_at_once = start
+        self._now = now
         self._watcher = Watcher(self.root)
         self.seen: Snapshot | None = None
         """What the last look saw."""
@@ -128,7 +138,7 @@ class RunScreen(Screen[Snapshot | None]):
     def _read(self) -> None:
         if self._process is not None:
             self._process.poll()  # or it would stay a zombie, which looks alive
-        seen = self._watcher.look()
+        seen = self._watcher.look(self._now())
         fault = ""
         if self._stopper is not None and seen.alive:
             try:

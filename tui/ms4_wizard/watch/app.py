@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,10 +39,16 @@ class WatchApp(App[list[str]]):
         Binding("ctrl+q", "leave", "Leave", priority=True, show=False)
     ]
 
-    def __init__(self, root: Path, profile: str, start: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        profile: str,
+        start: bool = False,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         super().__init__()
         self.root = root
-        self.run_screen = RunScreen(root, profile, start)
+        self.run_screen = RunScreen(root, profile, start, now)
 
     def on_mount(self) -> None:
         """There is only one screen."""

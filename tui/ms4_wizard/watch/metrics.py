@@ -27,6 +27,11 @@ class Metrics:
     expert_load: list[float] = field(default_factory=list)
     """Each expert's share of the rows in the latest step that says so."""
 
+    def copy(self) -> Metrics:
+        """The same, for another thread to look at."""
+        curves = {name: list(values) for name, values in self.curves.items()}
+        return Metrics(list(self.steps), curves, self.expert_load)
+
     def last(self, name: str) -> float | None:
         """The latest number of a curve; None if there is none."""
         values = self.curves[name]
@@ -39,16 +44,16 @@ class MetricsFile:
 
     def __init__(self, root: Path) -> None:
         self._follower = Follower(root / FILE, MOST)
-        self.metrics = Metrics()
+        self._metrics = Metrics()
 
     def read(self) -> Metrics:
         """The metrics so far; lines that are no step's are passed over."""
         lines, anew = self._follower.read()
         if anew:
-            self.metrics = Metrics()
+            self._metrics = Metrics()
         for line in lines:
             self._take(line)
-        return self.metrics
+        return self._metrics.copy()
 
     def _take(self, line: str) -> None:
         try:
@@ -57,7 +62,7 @@ class MetricsFile:
             return
         if not isinstance(record, dict) or type(record.get("step")) is not int:
             return
-        metrics = self.metrics
+        metrics = self._metrics
         while metrics.steps and metrics.steps[-1] >= record["step"]:
             metrics.steps.pop()  # done again
             for values in metrics.curves.values():

@@ -18,7 +18,7 @@ _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 Spans = list[tuple[float, float] | None]
 
 
-def spans(values: Sequence[float], columns: int) -> Spans:
+def spans(values: Sequence[float], columns: int, means: bool = False) -> Spans:
     """The lowest and highest of the values that fall into each column; None where there are none.
 
     Fewer values than columns are joined by straight lines. NaN and infinities are passed over.
@@ -26,6 +26,7 @@ def spans(values: Sequence[float], columns: int) -> Spans:
     Args:
         values: at equal distances from each other.
         columns: how many there are to be.
+        means: take their mean for both: a line without its noise.
     """
     count = len(values)
     found: Spans = [None] * columns
@@ -33,7 +34,11 @@ def spans(values: Sequence[float], columns: int) -> Spans:
         for column in range(columns):
             part = values[column * count // columns : (column + 1) * count // columns]
             numbers = [value for value in part if math.isfinite(value)]
-            found[column] = (min(numbers), max(numbers)) if numbers else None
+            if numbers and means:
+                mean = sum(numbers) / len(numbers)
+                found[column] = mean, mean
+            elif numbers:
+                found[column] = min(numbers), max(numbers)
         return found
     for number, value in enumerate(values):
         place = number * (columns - 1) / max(count - 1, 1)
@@ -65,14 +70,16 @@ def braille(values: Sequence[float], width: int, height: int) -> list[str]:
         width: cells of a line.
         height: lines.
     """
-    found = limits(values)
+    # In a single line there is no room for noise.
+    columns = spans(values, 2 * width, means=height == 1)
+    found = limits([end for span in columns if span is not None for end in span])
     cells = [[_BLANK] * width for _ in range(height)]
     if found is not None and width > 0 and height > 0:
         low, high = found
         dots = 4 * height - 1
         scale = dots / (high - low) if high > low else 0.0
         before: int | None = None
-        for column, span in enumerate(spans(values, 2 * width)):
+        for column, span in enumerate(columns):
             if span is None:
                 before = None
                 continue
