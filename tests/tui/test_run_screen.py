@@ -218,7 +218,7 @@ def tiny(checkpoint: Path, tmp_path: Path, demo_values: dict[str, Any]) -> Itera
     """A project over the demo's data that trains for some seconds; it ends with its test."""
     values = demo_values
     values["model"]["source"] = str(checkpoint)
-    values["train"] |= {"steps": 40, "checkpoint_every": 1000, "micro_batch": 2}
+    values["train"] |= {"steps": 150, "checkpoint_every": 1000, "micro_batch": 2}
     values["evaluate"] |= {"max_samples": 2, "max_new_tokens": 4, "min_exact_match": {}}
     values["run"]["threads"] = 1
     root = write_project(tmp_path / "tiny", values)
@@ -260,7 +260,7 @@ def test_start_stop_go_on_leave_and_come_back(tiny: Path) -> None:
             "waiting",
             "waiting",
         ]
-        await until(pilot, lambda: "of 40 (" in drawn(pilot), "the progress")
+        await until(pilot, lambda: "of 150 (" in drawn(pilot), "the progress")
         text = drawn(pilot)
         for part in ("▶ train", "loss ", "logs/train.log", "× an even share", " left", "planned"):
             assert part in text, f"{part!r} is not in sight:\n{text}"
@@ -301,13 +301,13 @@ def test_start_stop_go_on_leave_and_come_back(tiny: Path) -> None:
         screen: RunScreen = pilot.app.run_screen  # type: ignore[attr-defined]
         await until(pilot, lambda: screen.seen.runner == runner, "the run that was left")  # type: ignore[union-attr]
         await until(pilot, lambda: says(pilot) == "finished", "the end")
-        assert "training: step 40 of 40 (100%)" in drawn(pilot)
+        assert "training: step 150 of 150 (100%)" in drawn(pilot)
         assert all(stage.seconds is not None for stage in screen.seen.stages)  # type: ignore[union-attr]
 
     drive(WatchApp(tiny, "local"), again, (140, 45))
     wait_for(lambda: processes_in(tiny) == [], "the end of Snakemake")
     lines = [json.loads(x) for x in (tiny / "results/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert [line["step"] for line in lines] == list(range(1, 151))
     assert len(Logs(tiny).sessions()) == 2
     assert all(session.ended for session in Logs(tiny).sessions())
     damaged(tiny)
