@@ -322,12 +322,12 @@ def _allowed(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def hours(limit: str | None) -> int | None:
-    """Whole hours of a limit as Slurm writes it: `2-12:00:00`, `12:00:00`, `30:00` or `30` (minutes);
-    None if there is none, or it is shorter than an hour."""
+    """Whole hours of a limit as Slurm writes it: `2-12:00:00`, `12:00:00`, `30:00` or `30`, which are
+    minutes; None if there is none, or it is shorter than an hour."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit or "")
     if found is None:
         return None
-    days, first, second, third = found.groups()
+    days, first, _, third = found.groups()
     if days is not None:
         total = int(days) * 24 + int(first)
     elif third is not None:
