@@ -19,7 +19,7 @@ MACHINE = Machine(
     available_gib=701,
     disk_gib=4321,
     gpu_fault="nvidia-smi is not installed here",
-    token="HF_TOKEN",
+    token_in="HF_TOKEN",  # noqa: S106 - where one is, not what it is
     slurm=Slurm(
         (
             Partition("gpu", True, True, 4, ("h200 × 8",), 96, 1007, "2-00:00:00", ("physics",)),

@@ -20,6 +20,7 @@ from ms4_wizard.screens.step import PlanScreen, StepScreen
 from ms4_wizard.steps import STEPS
 
 OWN = {
+    "machine": "machine.MachineScreen",
     "memory": "memory.MemoryScreen",
     "adapters": "adapters.AdaptersScreen",
     "training": "training.TrainingScreen",

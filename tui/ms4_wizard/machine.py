@@ -89,7 +89,7 @@ class Machine:
     """Why no GPU is seen."""
     cuda: str | None = None
     """The newest CUDA that its driver runs."""
-    token: str | None = None
+    token_in: str | None = None
     """Where a token for the hub was found. The token itself is not kept."""
     slurm: Slurm | None = None
     """None: no Slurm here."""
@@ -160,7 +160,7 @@ def look() -> Machine:
         gpus=found,
         gpu_fault=fault,
         cuda=cuda.result(),
-        token=find_token(os.environ),
+        token_in=find_token(os.environ),
         slurm=slurm.result(),
     )
 
@@ -322,7 +322,7 @@ def _allowed(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def hours(limit: str | None) -> int | None:
-    """Whole hours of a limit as Slurm writes it: `2-12:00:00`, `12:00:00`, `30:00` or `30`, which are
+    """Whole hours of a limit as Slurm writes it: `2-12:00:00`, `12:00:00`, `30:00` or `30`, in
     minutes; None if there is none, or it is shorter than an hour."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit or "")
     if found is None:

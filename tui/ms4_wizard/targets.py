@@ -26,6 +26,9 @@ class Target:
         return all(draft.get(field) == value for field, value in self.values.items())
 
 
+USUAL_HOURS = 24
+"""What the training job asks for if no answer says otherwise."""
+
 HERE = Target(
     "this machine",
     "what it has when it trains",
@@ -55,14 +58,14 @@ def _of_gpu(gpu: Gpu) -> Target:
 def _of_partition(partition: Partition) -> Target:
     gpu = known_gpu(partition)
     hours = machine.hours(partition.limit)
-    values: dict[str, Any] = {
+    values = {
         "run.device": "cuda",
         "run.memory_gib": gpu.gib if gpu is not None else None,
         "where.run": "slurm",
         "where.partition": partition.name,
+        # A job asks for 24 hours unless the answers say otherwise: here it would never start.
+        "where.hours": hours if hours is not None and hours < USUAL_HOURS else None,
     }
-    if hours is not None and hours < 24:  # what a job asks for otherwise would never start
-        values["where.hours"] = hours
     limit = f", {partition.limit} at most" if partition.limit is not None else ""
     kinds = ", ".join(partition.gpus)
     return Target(f"Slurm {partition.name}", f"{kinds}{limit}", values)

@@ -53,7 +53,8 @@ class MachineScreen(StepScreen):
             self.query_one(Targets).show(found, self.flow.draft)
 
     def show_extra(self, found: Cost | str) -> None:
-        """The mark follows the answers."""
+        """The mark follows the answers, and the facts the size of the terminal."""
+        self.query_one(MachineFacts).show(Known.at(self._place))
         self.query_one(Targets).show(Known.machine, self.flow.draft)
 
     @on(Targets.Chosen)

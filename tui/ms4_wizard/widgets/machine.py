@@ -30,7 +30,7 @@ def facts(found: Machine) -> Iterator[tuple[str, str]]:
     yield "CPU", f"{found.cores} cores, {found.cpu}"
     yield "RAM", f"{found.memory_gib:.0f} GiB, {found.available_gib:.0f} free"
     yield "disk", f"{found.disk_gib:,.0f} GiB free"
-    yield "hub", f"token in {found.token}" if found.token else "no token"
+    yield "hub", f"token in {found.token_in}" if found.token_in else "no token"
     yield from _cluster(found.slurm)
 
 
@@ -55,6 +55,10 @@ def _cluster(slurm: Slurm | None) -> Iterator[tuple[str, str]]:
         yield "accounts", ", ".join(slurm.accounts)
 
 
+ROOMY = 30
+"""Lines of a terminal from which on facts may take several."""
+
+
 class MachineFacts(Static):
     """Shows what was found, or that it is being looked for."""
 
@@ -67,7 +71,8 @@ class MachineFacts(Static):
             return
         table = Table.grid(padding=(0, 1))
         table.add_column(style="bold", no_wrap=True)
-        table.add_column(ratio=1)
+        # Where there is little room, a line each: the plan stands below.
+        table.add_column(ratio=1, no_wrap=self.app.size.height < ROOMY, overflow="ellipsis")
         before = ""
         for name, words in facts(found):
             table.add_row("" if name == before else name, printable(words))
