@@ -9,6 +9,7 @@ from snakemake.io import contains_wildcard
 try:
     import ms4.config
     from ms4 import pipeline_files
+    from ms4.data.sources import local_files
     from ms4.errors import Ms4Error
     from ms4.manifest import sha256_file
 except ModuleNotFoundError as error:
@@ -61,9 +62,16 @@ def memory_mb(full):
     return 4_000 if TINY else full
 
 
+# Patterns stand for the files that they match now; a data set of the hub is no file, and its
+# revision stands in the configuration.
+try:
+    DATA_FILES = local_files(CONFIG.data_files())
+except Ms4Error as error:
+    raise WorkflowError(str(error))
+
 # Snakemake would take `{name}` in a path for a wildcard. Such a data file is not an input; the
 # hash of its content stands among the params, which has the same effect.
-WITH_BRACES = [path for path in CONFIG.data_files() if contains_wildcard(path)]
+WITH_BRACES = [path for path in DATA_FILES if contains_wildcard(path)]
 
 
 def hashes_with_braces(wildcards):

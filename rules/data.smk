@@ -4,12 +4,12 @@
 rule preprocess:
     input:
         source="weights/source.json",
-        data=[path for path in CONFIG.data_files() if path not in WITH_BRACES],
+        data=[path for path in DATA_FILES if path not in WITH_BRACES],
     output:
         "results/data.json",
     log:
         "logs/preprocess.log",
-    threads: 1
+    threads: THREADS
     resources:
         mem_mb=memory_mb(16_000),
         runtime=240,

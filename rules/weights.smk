@@ -26,7 +26,7 @@ rule descale:
         "logs/descale.log",
     threads: THREADS
     resources:
-        mem_mb=memory_mb(32_000),
+        mem_mb=memory_mb(8_000),
         runtime=240,
     params:
         part=CONFIG.part_hash("descale"),
@@ -44,7 +44,7 @@ rule verify:
         "logs/verify.log",
     threads: THREADS
     resources:
-        mem_mb=memory_mb(32_000),
+        mem_mb=memory_mb(8_000),
         runtime=120,
     params:
         part=CONFIG.part_hash("verify"),

@@ -136,7 +136,12 @@ def iter_pairs(text: str) -> list[str]:
     """Characters, two halves that belong together as one."""
     pairs: list[str] = []
     for character in text:
-        if pairs and "\ud800" <= pairs[-1] <= "\udbff" and "\udc00" <= character <= "\udfff":
+        if (
+            pairs
+            and len(pairs[-1]) == 1
+            and "\ud800" <= pairs[-1] <= "\udbff"
+            and "\udc00" <= character <= "\udfff"
+        ):
             pairs[-1] += character
         else:
             pairs.append(character)

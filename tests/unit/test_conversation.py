@@ -16,9 +16,10 @@ from ms4.data.conversation import (
     Part,
     parse_json,
     parse_record,
-    read_conversations,
 )
 from ms4.data.faults import LISTED, Faults, SampleFault
+from ms4.data.readers import parse_row, read_rows
+from ms4.data.sources import Source
 from ms4.errors import Ms4Error
 
 USER = {"role": "user", "content": "Two and two?"}
@@ -68,8 +69,6 @@ FAULTS: list[tuple[Any, str]] = [
     (user([{"type": "text"}]), "the `text` of a part is null; it must be text"),
     (user([{"type": "video", "video": "x"}]), "the part type 'video' is unknown"),
     (user([{"text": "x"}]), "the part type None is unknown"),
-    (user([{"type": "image_url", "image_url": {"url": "x"}}]), "images are not supported yet"),
-    (user([{"type": "image", "image": "x"}]), "images are not supported yet"),
     (user([{"type": "input_audio", "input_audio": "x"}]), "audio is not supported"),
     (user([{"type": "thinking", "thinking": "x"}]), "only the assistant thinks"),
     (assistant(content=""), r"message 2 \(assistant\): says nothing"),
@@ -78,34 +77,39 @@ FAULTS: list[tuple[Any, str]] = [
     (assistant(content=" \n"), "says nothing"),
     (assistant(content=[{"type": "text", "text": ""}]), "says nothing"),
     (assistant(content=" ", reasoning="hm"), "only white space after the thinking"),
-    (assistant(content="x", weight=0), "`weight` 0; every assistant turn is trained"),
+    (assistant(content="x", weight=0.5), r"`weight` 0.5; a message is trained \(1\) or is not"),
+    (assistant(content="x", loss_weight="1"), "`loss_weight` '1'; a message is trained"),
+    (assistant(content="x", train=2), "`train` 2; a message is trained"),
+    (assistant(content="x", train=True, weight=0), "`weight` and `train` differ; keep one"),
+    (
+        {"messages": [{**USER, "train": True}, ANSWER]},
+        "`train` says that it is trained, and only the assistant's messages are",
+    ),
+    (user([{"type": "image"}]), "an image without one `path`, `url`, `base64` or `bytes`"),
+    (user([{"type": "image", "image": "a", "path": "b"}]), "an image without one `path`"),
+    (user([{"type": "image", "bytes": "a"}]), "an image without one `path`"),
+    (user([{"type": "image_url", "image_url": {"url": ""}}]), "an image without one `path`"),
+    (user([{"type": "image", "image": "data:image/png,x"}]), "a data URI without `;base64,`"),
+    (
+        assistant(content=[{"type": "image", "path": "x"}]),
+        "holds an image; this model sees those of the user",
+    ),
     (assistant(content="x", prefix=True), "`prefix` is for unfinished turns"),
     (assistant(content="x", function_call={"name": "f"}), "`function_call` is an older form"),
     (assistant(content="x", audio={"id": 1}), "audio is not supported; give its text"),
     (assistant(content="x", reasoning=["a"]), "`reasoning` is a list; it must be text"),
-    (assistant(content="x", reasoning=" "), "the thinking is empty"),
     (
         assistant(content="x", reasoning="a", reasoning_content="b"),
         "`reasoning_content` and `reasoning` differ",
     ),
     (
         assistant(content=[{"type": "thinking", "thinking": "a"}], reasoning="b"),
-        "thinking in `content` and in `reasoning`",
+        "thinking in `content` and beside it; keep one",
     ),
-    (thinking(""), "the thinking is empty"),
-    (thinking([]), "the thinking is empty"),
     (thinking(None), "`thinking` is null; it must be text or a list"),
     (thinking([{"type": "image", "text": "x"}]), "a piece of `thinking` is not text"),
     (thinking(["x"]), "a piece of `thinking` is not text"),
     (thinking("x", closed="no"), "`closed` is text; it must be true or false"),
-    (thinking("x", closed=False), "content after thinking that is not closed"),
-    (
-        assistant(
-            content=[{"type": "thinking", "thinking": "a", "closed": False}],
-            tool_calls=[{"id": "c1", "function": {"name": "f", "arguments": {}}}],
-        ),
-        "tool calls after thinking that is not closed",
-    ),
     (
         assistant(content=[{"type": "text", "text": "a"}, {"type": "thinking", "thinking": "b"}]),
         "thinking after other content of the same turn",
@@ -305,10 +309,14 @@ def test_the_key_tells_messages_apart_and_nothing_else() -> None:
 # Files.
 
 
-def read(path: Path) -> tuple[list[tuple[int, Conversation]], str]:
+def read(path: Path) -> tuple[list[tuple[int | None, Conversation]], str]:
     """The good lines of a file, and the message about the others."""
-    faults = Faults()
-    rows = list(read_conversations(str(path), faults))
+    faults, rows = Faults(), []
+    for row in read_rows(Source(str(path), str(path))):
+        try:
+            rows.append((row.line, parse_record(parse_row(row))))
+        except SampleFault as fault:
+            faults.add(str(path), row.line, str(fault))
     try:
         faults.raise_any(path.with_name("faults.txt"))
     except Ms4Error as error:
@@ -375,7 +383,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_a_directory(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.mkdir()
-    assert "FILE: a directory; name the JSONL files in it" in read(path)[1]
+    assert "FILE: a directory; name the files in it, by a pattern perhaps" in read(path)[1]
 
 
 def test_an_unreadable_file(tmp_path: Path) -> None:
@@ -398,24 +406,25 @@ def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:
     rows, message = read(path)
     assert len(rows) == 1
     assert message.splitlines() == [
-        "the data has a fault:",
-        "  FILE:2: not UTF-8 (nor are 2 lines after it); convert the file with `iconv`",
+        "the data has 3 faults:",
+        *[f"  FILE:{n}: not UTF-8; convert the file with `iconv`" for n in (2, 3, 4)],
     ]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_json_list_is_recognized(tmp_path: Path, indent: int | None) -> None:
+def test_a_json_list_is_its_elements(tmp_path: Path, indent: int | None) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"messages": [USER, ANSWER]}] * 3, indent=indent))
     rows, message = read(path)
-    assert rows == []
-    assert message.count("FILE") == 1
-    assert "one JSON text over all lines instead of one object a line" in message
+    assert message == ""
+    lines = [row for row, _ in rows]
+    assert lines == ([1, 1, 1] if indent is None else [2, 14, 26])
 
 
 def test_bytes_are_reported_as_they_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text(f"{line()}\n\n{{}}\n")
+    path.write_text(f"{line()}\n\n{{}}\n" * 500)
     seen: list[int] = []
-    list(read_conversations(str(path), Faults(), seen.append))
+    list(read_rows(Source(str(path), str(path)), seen.append))
     assert sum(seen) == path.stat().st_size
+    assert len(seen) > 5

@@ -118,15 +118,26 @@ def test_what_is_written(project: Path, chat: Chat) -> None:
     ]
     manifest.check_files(result, Path(), hashes=True)
     assert result["train"] == {
+        "records": 45,
         "samples": 45,
-        "documents": 45,
+        "dropped": 0,
+        "too_long": 0,
+        "truncated": 0,
+        "turns": 45,
         "tokens": len(packed.tokens),
         "trained_tokens": int(packed.trained.sum()),
-        "dropped": 0,
+        "by_effort": by_effort,
+        "by_kind": by_effort,
+        "thinking": {},
+        "changed": {},
+        "documents": 45,
         "bins": len(bins),
         "fill": round(sum(filled) / (128 * len(bins)), 6),
         "longest": max(len(packed.document(d)[0]) for d in range(45)),
-        "by_effort": by_effort,
+        "held_out": 0,
+        "formats": {"train.jsonl": "OpenAI messages", "more.jsonl": "OpenAI messages"},
+        "unused": {},
+        "near_duplicates": {"count": 0, "first": []},
     }
     assert result["train"]["tokens"] == sum(filled) == sum(e["tokens"] for e in by_effort.values())
     assert result["test"] == {}
@@ -313,7 +324,7 @@ def test_too_long_is_an_error(project: Path) -> None:
     assert lines[0] == "the data has 2 faults:"
     assert lines[1].endswith(
         "tokens, but data.sequence_length is 32; raise it, shorten the sample, "
-        "or set data.too_long to `drop`"
+        "or set data.too_long to `drop` or `truncate`"
     )
     assert lines[1].startswith("  train.jsonl:2: ")
     assert lines[3].startswith("  2 samples are longer than data.sequence_length 32; the longest, ")
@@ -324,7 +335,7 @@ def test_too_long_is_dropped_and_counted(project: Path, capsys: pytest.CaptureFi
     write("train.jsonl", sample("a", "b " * 40), sample("a", "b"), sample("c", "d"))
     run_stage(configure(sequence_length=32, too_long="drop"))
     train = json.loads(Path("results/data.json").read_text())["train"]
-    assert (train["samples"], train["documents"], train["dropped"]) == (3, 2, 1)
+    assert (train["records"], train["samples"], train["dropped"]) == (3, 2, 1)
     printed = capsys.readouterr().out
     assert "dropped: 1 sample is longer than data.sequence_length 32; the longest, t" in printed
     assert "what the model sees of train.jsonl:2" in printed
@@ -421,6 +432,7 @@ def test_the_statement(project: Path, capsys: pytest.CaptureFixture[str]) -> Non
     result = json.loads(Path("results/data.json").read_text())["train"]
     share = result["trained_tokens"] / result["tokens"]
     assert lines == [
+        "train.jsonl: OpenAI messages",
         f"training data: 2 samples (1 none, 1 high), {result['tokens']} tokens, "
         f"{share:.1%} of them trained",
         f"packed into 1 sequence of 2,048 tokens, {result['fill']:.1%} full; "

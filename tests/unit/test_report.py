@@ -82,7 +82,11 @@ def project(tmp_path, monkeypatch):
     source = {"directory": "weights/tiny", "origin": "tiny"}
     write(Path("weights/source.json"), "fetch", config_hash="0", **source)
     write(Path("weights/base.json"), "descale", config_hash="1", source_scales={"a": [1.0]})
-    write(Path("results/verify.json"), "verify", config_hash="2")
+    losses = {"text": "its own conversations", "tokens": 430, "plain": 0.1312, "yarn": 0.9844,
+              "exact": 0.1299, "added": 0.0013}  # fmt: skip
+    write(Path("results/verify.json"), "verify", config_hash="2", softmax_scale="plain",
+          recomputed={"a.weight": 0.0, "b.weight": 0.0921}, losses=losses,
+          notes=["2 files <gone>"])  # fmt: skip
     train = {"samples": 4000, "documents": 4000, "tokens": 190_000, "trained_tokens": 60_000,
              "dropped": 0, "bins": 760, "fill": 0.976, "longest": 71,
              "by_effort": {"none": {"samples": 2100, "tokens": 70_000, "trained_tokens": 12_345},
@@ -374,3 +378,17 @@ def test_table_and_planner_need_neither_torch_nor_matplotlib():
         "assert not {'torch', 'matplotlib', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_report_says_what_verify_found(project):
+    card.run_stage(make_config())
+    html = Path("results/report/report.html").read_text(encoding="utf-8")
+    for row in (
+        ("softmax scale", "plain"),
+        ("2 parameters recomputed from the source", "0.092"),
+        ("loss of 430 tokens of its own conversations, softmax scale plain", "0.131"),
+        ("loss of 430 tokens of its own conversations, softmax scale yarn", "0.984"),
+        ("the same with the source&#x27;s exact weights", "0.130"),
+    ):
+        assert f'<td>{row[0]}</td><td class="number">{row[1]}</td>' in html
+    assert "2 files &lt;gone&gt;" in html

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ms4 import config
+from ms4.data import sources
 from ms4.errors import Ms4Error
 from ms4.pipeline_files import pipeline_directory
 from ms4_wizard import costs, explain, readme
@@ -35,6 +36,8 @@ def relocate(answers: Answers, start: Path, project: Path) -> Answers:
     """
 
     def moved(text: str) -> str:
+        if sources.is_hub(text):
+            return text
         path = config.expand_home(text)
         if path.is_absolute():
             return str(path)
@@ -48,6 +51,10 @@ def relocate(answers: Answers, start: Path, project: Path) -> Answers:
         update={
             "train": tuple(moved(path) for path in answers.data.train),
             "test": {name: moved(path) for name, path in answers.data.test.items()},
+            "weights": {moved(path): weight for path, weight in answers.data.weights.items()},
+            "images": answers.data.images.model_copy(
+                update={"roots": tuple(moved(path) for path in answers.data.images.roots)}
+            ),
         }
     )
     model = answers.model
@@ -78,11 +85,18 @@ def missing_data(answers: Answers, base: Path) -> dict[str, str]:
 def _missing(base: Path, name: str) -> Iterator[str]:
     try:
         name.encode()  # a name of other bytes can be in no configuration file
+        if sources.is_hub(name):
+            sources.expand([name])
+            return
+        if sources.matches(name, base):
+            return
         path = base / config.expand_home(name)
         if not path.is_file():
             yield f"no such file: {name}"
         elif not os.access(path, os.R_OK):
             yield f"cannot be read: {name}"
+    except Ms4Error as error:
+        yield str(error)
     except UnicodeEncodeError:
         yield f"its name is not UTF-8; rename it: {name!a}"
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The command `ms4`: one thin subcommand a stage, and `resume`, `summary`, `schema`.
+"""The command `ms4`: one thin subcommand a stage, and `data`, `resume`, `summary`, `schema`.
 
 Exit codes: 0 done, 1 an unexpected error (a bug: traceback), 2 something that the user can mend
 (one message, no traceback), 130 interrupted.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import os
 import re
 import sys
 import traceback
@@ -105,6 +106,56 @@ def _plan_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--budget", type=float, metavar="GIB", help="memory of the device in GiB")
     command.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+
+def _data_arguments(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Say which format data files have, how many conversations, turns and tokens, what would be "
+        "trained, how they pack, and every fault with its file and line. No project, weights or "
+        "GPU are needed; the faults are written to a file, and nothing else."
+    )
+    command.add_argument(
+        "files", nargs="+", metavar="FILE", help="files, patterns, hub:ID@REVISION"
+    )
+    command.add_argument("--json", action="store_true", help="print the findings as JSON")
+    command.add_argument(
+        "--show", type=int, metavar="N", help="print sample N as the model will see it"
+    )
+    command.add_argument(
+        "--effort",
+        choices=("none", "high", "per-sample"),
+        help="reasoning effort of the samples (default: the configuration's, or per-sample)",
+    )
+    command.add_argument("--config", type=Path, metavar="FILE", help="take settings from this file")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set a field, for example --set data.format=alpaca; may be given several times",
+    )
+    command.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="a tekken.json (default: the weights')"
+    )
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    """Answer `ms4 data`; returns the exit code."""
+    try:
+        code: int = importlib.import_module("ms4.data.preview").run(
+            arguments.files,
+            as_json=arguments.json,
+            show=arguments.show,
+            effort=arguments.effort,
+            config_file=arguments.config,
+            overrides=arguments.set,
+            tokenizer_file=arguments.tokenizer,
+        )
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what is still to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
 
 
 ALONE = {
@@ -225,8 +276,16 @@ def _logged(stage: str) -> Iterator[None]:
     The rules declare that file. `ms4` writes it and not a `| tee` in the shell line: Slurm ends a
     job by SIGTERM to all of its processes, and a stage must outlive its reader to save its work.
     """
-    LOGS.mkdir(exist_ok=True)
-    with (LOGS / f"{stage}.log").open("a", encoding="utf-8") as log:
+    path = LOGS / f"{stage}.log"
+    try:
+        LOGS.mkdir(exist_ok=True)
+        # What cannot be encoded (a file name's odd byte) must not end a stage.
+        opened = path.open("a", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise Ms4Error(
+            f"{path}: cannot be written ({error.strerror}); make the project's directory writable."
+        ) from error
+    with opened as log:
         out, err = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
         try:
             with redirect_stdout(out), redirect_stderr(err):
@@ -287,6 +346,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     resume.add_argument("directory", type=Path, nargs="?", default=Path(), metavar="DIR")
     resume.add_argument("--profile", default="local", help="Snakemake profile (default: local)")
+    _data_arguments(
+        commands.add_parser(
+            "data", help="say what data files hold, and what training would make of them"
+        )
+    )
     commands.add_parser("summary", help="print the evaluation table and where the report is")
     commands.add_parser("schema", help="print the JSON schema of the configuration")
     return parser
@@ -303,6 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from ms4.resume import resume
 
                 return resume(arguments.directory, arguments.profile)
+            case "data":
+                with _installed("data"):
+                    return _data(arguments)
             case "summary":
                 from ms4.report.table import print_summary
 

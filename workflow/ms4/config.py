@@ -31,6 +31,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 Dense = Literal["fp8", "full"]
 """How dense layers are held."""
+
 Preset = Literal["attention", "shared", "experts"]
 """Layers that get adapters together."""
 PRESETS: tuple[Preset, ...] = get_args(Preset)

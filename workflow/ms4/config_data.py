@@ -92,8 +92,9 @@ class DataSection(Section):
     """Entry of `train` → how often each of its samples is taken in an epoch (default 1). Of a
     fraction, so large a share is taken, chosen by the samples' content."""
 
-    modality: Literal["text"] = "text"
-    """What the conversations hold: `text` (images are refused; they do not train yet)."""
+    modality: Literal["text", "text_vision"] = "text"
+    """What the conversations hold: `text` (a sample with images is a fault) or `text_vision`
+    (text and images)."""
 
     reasoning: Literal["none", "high", "per_sample"] = "per_sample"
     """Reasoning effort of the training samples: one for all, or each sample's own

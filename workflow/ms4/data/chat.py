@@ -134,9 +134,7 @@ class Chat:
             ) from error
         tokenizer = mistral.instruct_tokenizer.tokenizer
         builder = getattr(tokenizer, "model_settings_builder", None)
-        if not isinstance(tokenizer, Tekkenizer) or getattr(builder, "reasoning_effort", 0) is None:
-            builder = None
-        if builder is None:
+        if not isinstance(tokenizer, Tekkenizer) or not getattr(builder, "reasoning_effort", None):
             raise Ms4Error(
                 f"{path}: a tokenizer of version {tokenizer.version.value} without reasoning "
                 "efforts; take the tekken.json of Mistral Small 4."
@@ -153,7 +151,7 @@ class Chat:
         if tokenizer.image is not None:
             ids = load_image_encoder(tokenizer.image, tokenizer).special_ids
             self._grid_encoder = _GridEncoder(tokenizer.image, ids)
-        self._mistral: MistralTokenizer[Any, Any, Any, Any, Any, Any, Any] = MistralTokenizer(
+        self._mistral: MistralTokenizer[Any, Any, Any, Any, Any] = MistralTokenizer(
             InstructTokenizerV15(tokenizer, image_encoder=self._grid_encoder),
             get_validator(tokenizer.version, mode=ValidationMode.agnostic),
             get_normalizer(tokenizer.version, builder),
@@ -197,7 +195,7 @@ class Chat:
         if (masking is not None or weights is not None) and not trained.any():
             raise SampleFault(
                 "nothing of it would be trained: its turns have weight 0, or hold only what "
-                "data.train_turns, train_thinking or train_tool_calls leave out; remove it"
+                "data.untrained or data.earlier_thinking leaves out; remove it"
             )
         if images:
             starts = self._image_starts(tokens)

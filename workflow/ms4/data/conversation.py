@@ -1,27 +1,30 @@
-"""JSONL records → typed conversations; whatever is wrong is named with its file and line.
+"""Records in OpenAI's form → typed conversations; whatever is wrong is named.
 
 A record is `{"messages": [...]}` in OpenAI's form, with `reasoning_effort` and `tools` beside
 it where they are known. Content is text or a list of parts; thinking is a part of its own, or
-a message's `reasoning_content` (SGLang) or `reasoning` (vLLM) string. Checks that only the
-chat format can make (tool call ids, order of roles) are left to mistral-common in `chat.py`.
+a message's `reasoning_content` (SGLang) or `reasoning` (vLLM) string, or stands in the text
+between tags. `formats.py` brings other forms into this one. Checks that only the chat format can
+make (tool call ids, order of roles) are left to mistral-common; whether thinking is in order is
+decided by `reasoning.py`.
 """
 
 from __future__ import annotations
 
+import base64
 import copy
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ms4.config import EFFORTS, Effort
-from ms4.data.faults import Faults, SampleFault
+from ms4.config_data import EFFORTS, Effort, Role
+from ms4.data.faults import SampleFault
+from ms4.data.json_text import kind_of, parse_json, short
+from ms4.data.think_tags import begins_with_tag, split_tags, unwrap
 
-Role = Literal["system", "user", "assistant", "tool"]
+__all__ = ["Conversation", "Image", "Message", "Part", "Role", "parse_json", "parse_record"]
+
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
@@ -45,6 +48,20 @@ class Part:
     """False: thinking that was cut off and gets no [/THINK]."""
     image: Image | None = None
     """Of an image, and only of one."""
+
+
+def _openai_part(part: Part) -> dict[str, Any]:
+    if part.kind == "text":
+        return {"type": "text", "text": part.text}
+    if part.kind == "thinking":
+        return {"type": "thinking", "thinking": part.text, "closed": part.closed}
+    if part.image is None:
+        raise ValueError("an image part without an image")
+    kind, value = part.image.kind, part.image.value
+    if isinstance(value, bytes):
+        kind, value = "base64", base64.b64encode(value).decode()
+    url = f"data:image/*;base64,{value}" if kind == "base64" else value
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 @dataclass(frozen=True)
@@ -72,12 +89,7 @@ class Message:
 
     def to_openai(self) -> dict[str, Any]:
         """A fresh dictionary in OpenAI's form, which mistral-common may change."""
-        content = [
-            {"type": "text", "text": part.text}
-            if part.kind == "text"
-            else {"type": "thinking", "thinking": part.text, "closed": part.closed}
-            for part in self.parts
-        ]
+        content = [_openai_part(part) for part in self.parts]
         message: dict[str, Any] = {"role": self.role, "content": content}
         if self.tool_calls:
             message["tool_calls"] = copy.deepcopy(list(self.tool_calls))
@@ -112,17 +124,27 @@ class Conversation:
     @property
     def ends_with_thinking(self) -> bool:
         """Whether the last turn holds thinking."""
-        return any(message.has_thinking for message in self.assistant_turns[-1])
+        turns = self.assistant_turns
+        return bool(turns) and any(message.has_thinking for message in turns[-1])
+
+    @property
+    def images(self) -> list[Image]:
+        """All images, in their order."""
+        return [part.image for message in self.messages for part in message.parts if part.image]
 
     def without_thinking(self) -> Conversation:
         """The same conversation as it goes without thinking in any turn."""
         return replace(
             self,
             messages=tuple(
-                replace(message, parts=tuple(p for p in message.parts if p.kind == "text"))
+                replace(message, parts=tuple(p for p in message.parts if p.kind != "thinking"))
                 for message in self.messages
             ),
         )
+
+    def all_trained(self) -> Conversation:
+        """The same conversation without weights."""
+        return replace(self, messages=tuple(replace(m, weight=1) for m in self.messages))
 
     def key(self) -> bytes:
         """Equal exactly for conversations with the same messages, word for word."""
@@ -133,61 +155,17 @@ class Conversation:
                 [part.text for part in message.parts if part.kind == "thinking"],
                 message.tool_calls,
                 message.tool_call_id,
+                *[_image_key(part.image) for part in message.parts if part.image],
             ]
             for message in self.messages
         ]
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
+        whole = said if self.plain is None else self.plain
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).digest()
 
 
-def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise SampleFault(f"the key {twice!a} stands twice in one object; keep one of them")
-    return result
-
-
-def _refuse_constant(name: str) -> Any:
-    raise SampleFault(f"{name} is not valid JSON; write null or a number")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if math.isinf(value):
-        raise SampleFault(f"the number {digits[:20]} is too large; write it as text")
-    return value
-
-
-def parse_json(text: str) -> Any:
-    """Parse JSON, refusing what would silently become something else.
-
-    Raises:
-        SampleFault: not JSON, a key given twice, NaN or Infinity, half of a surrogate pair.
-    """
-    try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_object_of_unique_keys,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-        )
-        if "\\u" in text:  # only an escape can bring in a surrogate: UTF-8 has none
-            json.dumps(value, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-        raise SampleFault(
-            f"not valid JSON: {error.msg} (column {error.colno}); write one JSON object a line"
-        ) from error
-    except UnicodeEncodeError as error:
-        raise SampleFault(
-            "half of a surrogate pair (\\ud800 to \\udfff), which stands for no character; "
-            "remove it or write the whole pair"
-        ) from error
-    except RecursionError as error:
-        raise SampleFault("JSON nested too deeply; flatten it") from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise SampleFault(f"not readable as JSON ({error}); write long numbers as text") from error
-    return value
+def _image_key(image: Image) -> str:
+    value = image.value if isinstance(image.value, bytes) else image.value.encode()
+    return hashlib.sha256(value).hexdigest()
 
 
 def parse_record(record: object) -> Conversation:
@@ -197,16 +175,18 @@ def parse_record(record: object) -> Conversation:
         SampleFault: what is wrong first, and what to do.
     """
     if not isinstance(record, dict):
-        raise SampleFault(f'{_kind(record)} instead of an object; a line is {{"messages": [...]}}')
+        raise SampleFault(
+            f'{kind_of(record)} instead of an object; a line is {{"messages": [...]}}'
+        )
     messages = record.get("messages")
     if "messages" not in record:
         keys = ", ".join(f"`{key}`" for key in list(record)[:6]) or "none"
         raise SampleFault(f"no `messages` (its keys: {keys}); convert it to OpenAI messages")
     if not isinstance(messages, list):
-        raise SampleFault(f"`messages` is {_kind(messages)}; it must be a list")
+        raise SampleFault(f"`messages` is {kind_of(messages)}; it must be a list")
     if not messages:
         raise SampleFault("`messages` is empty; remove the line")
-    if "functions" in record:
+    if record.get("functions") is not None:
         raise SampleFault("`functions` is an older form that would be lost; use `tools`")
     conversation = Conversation(
         messages=tuple(_message(message, index) for index, message in enumerate(messages, 1)),
@@ -217,33 +197,23 @@ def parse_record(record: object) -> Conversation:
     return conversation
 
 
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", str: "text", list: "a list", dict: "an object"}
-    return names.get(type(value), "a number")
-
-
 def _effort(value: object) -> Effort | None:
     if value is None:
         return None
     if value not in EFFORTS:
         raise SampleFault(
-            f"`reasoning_effort` is {_short(value)}; this model knows `none` and `high`"
+            f"`reasoning_effort` is {short(value)}; this model knows `none` and `high`"
         )
     return value
-
-
-def _short(value: object) -> str:
-    text = ascii(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _tools(value: object) -> tuple[dict[str, Any], ...]:
     if value is None:
         return ()
+    if isinstance(value, str):  # tables hold them as text
+        value = _parsed(value, "`tools`") if value.strip() else []
     if not isinstance(value, list):
-        raise SampleFault(f"`tools` is {_kind(value)}; it must be a list of tools")
+        raise SampleFault(f"`tools` is {kind_of(value)}; it must be a list of tools")
     for tool in value:
         function = tool.get("function") if isinstance(tool, dict) else None
         if not isinstance(function, dict):
@@ -253,28 +223,40 @@ def _tools(value: object) -> tuple[dict[str, Any], ...]:
     return tuple(value)
 
 
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return parse_json(text)
+    except SampleFault as fault:
+        raise SampleFault(f"{what}: {fault}") from fault
+
+
 def _message(value: object, index: int) -> Message:
     where = f"message {index}"
     if not isinstance(value, dict):
-        raise SampleFault(f"{where} is {_kind(value)}; it must be an object with `role`")
+        raise SampleFault(f"{where} is {kind_of(value)}; it must be an object with `role`")
     role = value.get("role")
+    if role == "developer":  # OpenAI's newer name
+        role = "system"
     if role not in ROLES:
         known = ", ".join(f"`{name}`" for name in ROLES)
-        raise SampleFault(f"{where}: the role {_short(role)} is unknown; use {known}")
+        raise SampleFault(f"{where}: the role {short(role)} is unknown; use {known}")
     where = f"{where} ({role})"
     _refuse_changed_meaning(value, role, where)
     parts = _parts(value.get("content"), role, where)
     if role == "assistant":
-        parts = (*_reasoning(value, parts, where), *parts)
+        parts = _with_thinking(parts, _reasoning(value, where), where)
     message = Message(
         role=role,
         parts=parts,
         tool_calls=_tool_calls(value.get("tool_calls"), role, where),
         tool_call_id=value.get("tool_call_id") if role == "tool" else None,
         name=value.get("name") if role == "tool" else None,
+        weight=_weight(value, role, where),
     )
     if role == "tool" and not isinstance(message.tool_call_id, str):
         raise SampleFault(f"{where}: no `tool_call_id`; name the call that it answers")
+    if role == "tool" and not isinstance(message.name, (str, type(None))):
+        raise SampleFault(f"{where}: `name` is {kind_of(message.name)}; it must be text")
     if role == "assistant" and not (message.text.strip() or message.tool_calls):
         if not message.has_thinking:
             raise SampleFault(f"{where}: says nothing; give it content or remove it")
@@ -286,18 +268,38 @@ def _message(value: object, index: int) -> Message:
 def _refuse_changed_meaning(value: dict[str, Any], role: str, where: str) -> None:
     """Unknown keys are ignored, but not those that would make the message mean something else."""
     if role == "assistant":
-        weight = value.get("weight")
-        if weight is not None and weight != 1:
-            raise SampleFault(
-                f"{where}: `weight` {_short(weight)}; every assistant turn is trained: remove "
-                "the key, or cut the conversation before that turn"
-            )
         if value.get("prefix"):
             raise SampleFault(f"{where}: `prefix` is for unfinished turns; finish it, remove it")
         if value.get("function_call") is not None:
             raise SampleFault(f"{where}: `function_call` is an older form; use `tool_calls`")
         if value.get("audio") is not None:
             raise SampleFault(f"{where}: audio is not supported; give its text as content")
+
+
+_WEIGHTS = ("weight", "loss_weight", "train")
+
+
+def _weight(value: dict[str, Any], role: str, where: str) -> int:
+    """Whether the message is trained, by the key that says so."""
+    given = {key: value[key] for key in _WEIGHTS if value.get(key) is not None}
+    if not given:
+        return 1
+    for key, weight in given.items():
+        if not isinstance(weight, (bool, int, float)) or weight not in (0, 1):
+            raise SampleFault(
+                f"{where}: `{key}` {short(weight)}; a message is trained (1) or is not (0)"
+            )
+    if len({int(weight) for weight in given.values()}) > 1:
+        raise SampleFault(f"{where}: {' and '.join(f'`{k}`' for k in given)} differ; keep one")
+    weight = int(next(iter(given.values())))
+    if role == "assistant":
+        return weight
+    if weight:
+        raise SampleFault(
+            f"{where}: `{next(iter(given))}` says that it is trained, and only the assistant's "
+            "messages are; remove the key"
+        )
+    return 1
 
 
 def _parts(content: object, role: str, where: str) -> tuple[Part, ...]:
@@ -307,19 +309,19 @@ def _parts(content: object, role: str, where: str) -> tuple[Part, ...]:
         return ()
     if not isinstance(content, list):
         raise SampleFault(
-            f"{where}: `content` is {_kind(content)}; it must be text or a list of parts"
+            f"{where}: `content` is {kind_of(content)}; it must be text or a list of parts"
         )
     return tuple(_part(part, role, where) for part in content)
 
 
 def _part(part: object, role: str, where: str) -> Part:
     if not isinstance(part, dict):
-        raise SampleFault(f"{where}: a part is {_kind(part)}; it must be an object with `type`")
+        raise SampleFault(f"{where}: a part is {kind_of(part)}; it must be an object with `type`")
     match part.get("type"):
         case "text":
             if not isinstance(part.get("text"), str):
                 raise SampleFault(
-                    f"{where}: the `text` of a part is {_kind(part.get('text'))}; it must be text"
+                    f"{where}: the `text` of a part is {kind_of(part.get('text'))}; it must be text"
                 )
             return Part("text", part["text"])
         case "thinking":
@@ -327,17 +329,55 @@ def _part(part: object, role: str, where: str) -> Part:
                 raise SampleFault(f"{where}: holds thinking; only the assistant thinks: remove it")
             return _thinking_part(part, where)
         case "image" | "image_url":
-            raise SampleFault(f"{where}: images are not supported yet; remove the sample")
+            if role != "user":
+                raise SampleFault(
+                    f"{where}: holds an image; this model sees those of the user: move it there"
+                )
+            return Part("image", image=parse_image(part, where))
         case "input_audio" | "audio_url":
             raise SampleFault(f"{where}: audio is not supported; remove the sample")
         case other:
             raise SampleFault(
-                f"{where}: the part type {_short(other)} is unknown; use `text` or `thinking`"
+                f"{where}: the part type {short(other)} is unknown; use `text`, `thinking` or "
+                "`image`"
             )
 
 
+def parse_image(value: object, where: str) -> Image:
+    """The source of an image: a path, a URL, base64, bytes, or an object that holds one of them.
+
+    Raises:
+        SampleFault: it has none, or several.
+    """
+    if isinstance(value, bytes) and value:
+        return Image("bytes", value)
+    if isinstance(value, str) and value.strip():
+        if value.startswith("data:"):
+            head, comma, data = value.partition(",")
+            if not (comma and head.endswith(";base64") and data):
+                raise SampleFault(f"{where}: a data URI without `;base64,` and data; write it so")
+            return Image("base64", data)
+        if value.startswith(("http://", "https://")):
+            return Image("url", value)
+        return Image("path", value.removeprefix("file://"))
+    if isinstance(value, dict):
+        names = ("image_url", "image", "bytes", "base64", "url", "path")
+        given = [name for name in names if value.get(name) not in (None, "", b"", {})]
+        if "bytes" in given:  # as tables of the hub have it, beside the name that it had
+            given = ["bytes"]
+        if len(given) == 1:
+            inner = value[given[0]]
+            if given[0] == "base64" and isinstance(inner, str) and not inner.startswith("data:"):
+                return Image("base64", inner)
+            if given[0] != "bytes" or isinstance(inner, bytes):
+                return parse_image(inner, where)
+    raise SampleFault(
+        f"{where}: an image without one `path`, `url`, `base64` or `bytes`; give its source"
+    )
+
+
 def _thinking_part(part: dict[str, Any], where: str) -> Part:
-    thinking, closed = part.get("thinking"), part.get("closed", True)
+    thinking, closed = part.get("thinking"), part.get("closed")
     if isinstance(thinking, list):
         for piece in thinking:
             if (
@@ -352,16 +392,14 @@ def _thinking_part(part: dict[str, Any], where: str) -> Part:
         thinking = "".join(piece["text"] for piece in thinking)
     if not isinstance(thinking, str):
         raise SampleFault(
-            f"{where}: `thinking` is {_kind(thinking)}; it must be text or a list of text parts"
+            f"{where}: `thinking` is {kind_of(thinking)}; it must be text or a list of text parts"
         )
-    if not isinstance(closed, bool):
-        raise SampleFault(f"{where}: `closed` is {_kind(closed)}; it must be true or false")
-    if not thinking.strip():
-        raise SampleFault(f"{where}: the thinking is empty; fill it or remove the part")
-    return Part("thinking", thinking, closed)
+    if not isinstance(closed, (bool, type(None))):
+        raise SampleFault(f"{where}: `closed` is {kind_of(closed)}; it must be true or false")
+    return Part("thinking", unwrap(thinking), closed is not False)
 
 
-def _reasoning(value: dict[str, Any], parts: tuple[Part, ...], where: str) -> tuple[Part, ...]:
+def _reasoning(value: dict[str, Any], where: str) -> Part | None:
     """The message's `reasoning_content` or `reasoning`; exports write null or "" for none."""
     given = {
         name: value[name]
@@ -369,15 +407,31 @@ def _reasoning(value: dict[str, Any], parts: tuple[Part, ...], where: str) -> tu
         if value.get(name) not in (None, "")
     }
     if not given:
-        return ()
+        return None
     name, thinking = next(iter(given.items()))
     if not isinstance(thinking, str):
-        raise SampleFault(f"{where}: `{name}` is {_kind(thinking)}; it must be text")
+        raise SampleFault(f"{where}: `{name}` is {kind_of(thinking)}; it must be text")
     if len(given) == 2 and given["reasoning"] != thinking:
         raise SampleFault(f"{where}: `reasoning_content` and `reasoning` differ; keep one")
-    if any(part.kind == "thinking" for part in parts):
-        raise SampleFault(f"{where}: thinking in `content` and in `{name}`; keep one of them")
-    return (_thinking_part({"thinking": thinking}, where),)
+    return Part("thinking", unwrap(thinking))
+
+
+def _with_thinking(parts: tuple[Part, ...], own: Part | None, where: str) -> tuple[Part, ...]:
+    """The parts of an assistant's message with the thinking that stands beside or in its text."""
+    if any(part.kind == "thinking" for part in parts) or own is not None:
+        # A text beside explicit thinking is only text, whatever it mentions.
+        if any(part.kind == "text" and begins_with_tag(part.text) for part in parts) or (
+            own is not None and any(part.kind == "thinking" for part in parts)
+        ):
+            raise SampleFault(f"{where}: thinking in `content` and beside it; keep one of them")
+        return parts if own is None else (own, *parts)
+    if len(parts) == 1 and parts[0].kind == "text":
+        return tuple(Part(p.kind, p.text, p.closed) for p in split_tags(parts[0].text))
+    return tuple(
+        Part(p.kind, p.text, p.closed)
+        for part in parts
+        for p in (split_tags(part.text) if part.text else (part,))
+    )
 
 
 def _tool_calls(value: object, role: str, where: str) -> tuple[dict[str, Any], ...]:
@@ -385,8 +439,10 @@ def _tool_calls(value: object, role: str, where: str) -> tuple[dict[str, Any], .
         return ()
     if role != "assistant":
         raise SampleFault(f"{where}: `tool_calls` belong to the assistant; remove them")
+    if isinstance(value, str):  # tables hold them as text
+        value = _parsed(value, f"{where}: `tool_calls`") if value.startswith("[") else value
     if not isinstance(value, list):
-        raise SampleFault(f"{where}: `tool_calls` is {_kind(value)}; it must be a list")
+        raise SampleFault(f"{where}: `tool_calls` is {kind_of(value)}; it must be a list")
     for call in value:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -396,13 +452,10 @@ def _tool_calls(value: object, role: str, where: str) -> tuple[dict[str, Any], .
             )
         arguments = function.get("arguments")
         if isinstance(arguments, str) and arguments:
-            try:
-                arguments = parse_json(arguments)
-            except SampleFault as fault:
-                raise SampleFault(f"{where}: arguments of {function['name']!a}: {fault}") from fault
+            arguments = _parsed(arguments, f"{where}: arguments of {function['name']!a}")
         if not isinstance(arguments, dict) and arguments not in (None, ""):
             raise SampleFault(
-                f"{where}: the arguments of {function['name']!a} are {_kind(arguments)}; "
+                f"{where}: the arguments of {function['name']!a} are {kind_of(arguments)}; "
                 "they must be an object"
             )
     return tuple(value)
@@ -426,69 +479,10 @@ def _check_turns(messages: tuple[Message, ...]) -> None:
         if message.role != "assistant":
             written = []
             continue
-        where = f"message {index} (assistant)"
         for part in message.parts:
-            if written and not written[-1].closed:
-                raise SampleFault(
-                    f"{where}: content after thinking that is not closed; remove `closed`"
-                )
             if part.kind == "thinking" and written:
                 raise SampleFault(
-                    f"{where}: thinking after other content of the same turn; "
+                    f"message {index} (assistant): thinking after other content of the same turn; "
                     "a turn thinks once, first: join its thinking"
                 )
             written.append(part)
-        if message.tool_calls and written and not written[-1].closed:
-            raise SampleFault(
-                f"{where}: tool calls after thinking that is not closed; remove `closed`"
-            )
-
-
-def read_conversations(
-    path: str, faults: Faults, on_bytes: Callable[[int], None] = lambda count: None
-) -> Iterator[tuple[int, Conversation]]:
-    """Yield line number (from 1) and conversation of each good line of a JSONL file.
-
-    Args:
-        path: the file, as the user named it.
-        faults: gets all that is wrong with the file and its lines.
-        on_bytes: called with the number of bytes of each line, for a progress display.
-    """
-    lines = 0
-    bad_lines: list[int] = []
-    try:
-        with Path(path).open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                on_bytes(len(raw))
-                try:
-                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                except UnicodeDecodeError:
-                    bad_lines.append(number)
-                    continue
-                if not text:
-                    continue
-                lines += 1
-                if lines == 1 and (text[0] == "[" or text == "{"):
-                    faults.add(
-                        path,
-                        None,
-                        "one JSON text over all lines instead of one object a line; "
-                        "convert it to JSONL (`jq -c '.[]'` does it for a list)",
-                    )
-                    return
-                try:
-                    yield number, parse_record(parse_json(text))
-                except SampleFault as fault:
-                    faults.add(path, number, str(fault))
-    except FileNotFoundError:
-        faults.add(path, None, "no such file; correct data.train or data.test")
-    except IsADirectoryError:
-        faults.add(path, None, "a directory; name the JSONL files in it")
-    except OSError as error:
-        faults.add(path, None, f"cannot be read ({error.strerror}); correct it")
-    else:
-        if bad_lines:
-            more = f" (nor are {len(bad_lines) - 1} lines after it)" if len(bad_lines) > 1 else ""
-            faults.add(path, bad_lines[0], f"not UTF-8{more}; convert the file with `iconv`")
-        elif not lines:
-            faults.add(path, None, "holds no samples; remove it from the configuration")

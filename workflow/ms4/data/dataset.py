@@ -1,266 +1,138 @@
-"""The stage `preprocess`: conversations in JSONL → packed tokens, masks and test prompts.
+"""The stage `preprocess`: conversations → packed tokens, masks and test prompts.
 
 All data is read and checked before anything is written, and all faults are reported together.
-The same input gives the same bytes.
+The same input gives the same bytes, whatever the number of processes.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections import Counter
+from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
-import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from ms4 import manifest
-from ms4.config import EFFORTS, DataSection, Effort, RunConfig
-from ms4.data.chat import Chat, Encoded
-from ms4.data.conversation import Conversation, read_conversations
+from ms4.config import EFFORTS, DataSection, RunConfig
+from ms4.data import split
+from ms4.data.chat import Chat
+from ms4.data.conversation import Conversation
 from ms4.data.faults import Faults, SampleFault
-from ms4.data.packing import pack
+from ms4.data.formats import NAMES, Reading, to_conversation
+from ms4.data.image_store import ImageStoreWriter
+from ms4.data.packed import PackedData as PackedData
+from ms4.data.packed import PackedWriter
+from ms4.data.packed import TestSample as TestSample
+from ms4.data.packed import load_packed as load_packed
+from ms4.data.packed import read_test as read_test
+from ms4.data.packing import Int64s, pack
+from ms4.data.prepare import (
+    FileResult,
+    Outcome,
+    Recipe,
+    Sample,
+    documents,
+    looked_at,
+    read_files,
+    started,
+)
 from ms4.data.progress import ByteProgress
+from ms4.data.readers import parse_row
+from ms4.data.reasoning import check_order
+from ms4.data.render import EXAMPLE_CHARACTERS as EXAMPLE_CHARACTERS
+from ms4.data.render import count
+from ms4.data.render import render_example as render_example
+from ms4.data.sources import Source, expand
+from ms4.data.tally import Tally
 from ms4.errors import Ms4Error
 
 SOURCE = Path("weights/source.json")
 TRAIN = Path("data/packed/train.safetensors")
 TEST = Path("data/packed/test.jsonl")
+IMAGES = Path("data/packed/images.safetensors")
 FAULTS = Path("data/faults.txt")
 RESULT = Path("results/data.json")
 
-Int32s = npt.NDArray[np.int32]
-Int64s = npt.NDArray[np.int64]
-Uint8s = npt.NDArray[np.uint8]
-
-_DTYPES: dict[str, Any] = {
-    "tokens": np.int32,
-    "trained": np.uint8,
-    "document_starts": np.int64,
-    "bin_documents": np.int64,
-    "bin_starts": np.int64,
-}
-
-EXAMPLE_CHARACTERS = 600
-_STRETCH_CHARACTERS = 160
+HOLDOUT = "holdout"
+"""The held-out set that `data.holdout` takes from the training data."""
+NEAR_LISTED = 20
 
 
-@dataclass(frozen=True)
-class PackedData:
-    """The training data as docs/design.md describes it under "Packed data"."""
+@dataclass
+class _HeldOut:
+    """The held-out sets: what is written of them, and what training data is compared with."""
 
-    tokens: Int32s
-    trained: Uint8s
-    document_starts: Int64s
-    bin_documents: Int64s
-    bin_starts: Int64s
+    out: TextIO
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    places: dict[bytes, str] = field(default_factory=dict)
+    near: split.NearDuplicates = field(default_factory=split.NearDuplicates)
 
-    @property
-    def documents(self) -> int:
-        """Number of documents."""
-        return len(self.document_starts) - 1
+    def add(self, chat: Chat, name: str, place: str, line: int, conversation: Conversation) -> None:
+        """Write a sample in every effort.
 
-    @property
-    def bins(self) -> int:
-        """Number of bins."""
-        return len(self.bin_starts) - 1
-
-    def bin(self, number: int) -> Int64s:
-        """The numbers of the documents in a bin."""
-        return self.bin_documents[self.bin_starts[number] : self.bin_starts[number + 1]]
-
-    def document(self, number: int) -> tuple[Int32s, Uint8s]:
-        """Tokens and trained mask of a document."""
-        span = slice(self.document_starts[number], self.document_starts[number + 1])
-        return self.tokens[span], self.trained[span]
-
-
-@dataclass(frozen=True)
-class TestSample:
-    """A held-out sample in one reasoning effort: a line of `test.jsonl`."""
-
-    __test__ = False  # not for pytest to collect
-
-    set: str
-    """Name of the held-out set."""
-    line: int
-    """Line in the set's file, from 1."""
-    effort: Effort
-    prompt: list[int]
-    """Ends where the model begins to write its last turn."""
-    tokens: list[int] | None
-    """The whole conversation as the model should have written it; None under `high` if the
-    sample's last turn holds no thinking."""
-    trained: list[int] | None
-    answer: str
-    """The last turn as `Chat.decode_answer` gives it: without thinking, white space stripped."""
-
-
-def load_packed(path: Path) -> PackedData:
-    """Read `train.safetensors`.
-
-    Raises:
-        Ms4Error: it is missing or not what `preprocess` writes.
-    """
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError as error:
-        raise Ms4Error(
-            f"{path} is missing: run `ms4 preprocess` (or `snakemake`) first."
-        ) from error
-    except (OSError, SafetensorError) as error:
-        raise Ms4Error(f"{path}: cannot be read ({error}); run `ms4 preprocess` again.") from error
-    found = {name: tensor.dtype for name, tensor in tensors.items()}
-    if found != {name: np.dtype(dtype) for name, dtype in _DTYPES.items()}:
-        raise Ms4Error(f"{path}: not the tensors of packed data; run `ms4 preprocess` again.")
-    return PackedData(**tensors)
-
-
-def read_test(path: Path) -> Iterator[TestSample]:
-    """Yield the lines of `test.jsonl`.
-
-    Raises:
-        Ms4Error: it is missing or not what `preprocess` writes.
-    """
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    yield TestSample(**json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise Ms4Error(
-                        f"{path}:{number}: not a line of `ms4 preprocess`; run it again."
-                    ) from error
-    except OSError as error:
-        raise Ms4Error(
-            f"{path}: cannot be read ({error.strerror}); run `ms4 preprocess` first."
-        ) from error
-
-
-def training_effort(conversation: Conversation, reasoning: str) -> Effort:
-    """The reasoning effort that a training sample is encoded with.
-
-    Args:
-        conversation: the sample.
-        reasoning: `data.reasoning` of the configuration.
-
-    Raises:
-        SampleFault: the sample's thinking contradicts its effort.
-    """
-    effort: Effort
-    if reasoning == "per_sample":
-        derived: Effort = "high" if conversation.has_thinking else "none"
-        effort = conversation.effort or derived
-        why, way_out = "it is", "correct its `reasoning_effort`, or"
-    else:
-        effort = "none" if reasoning == "none" else "high"
-        why, way_out = f"data.reasoning is `{reasoning}`, so it is", "use `per_sample`, or"
-    if effort == "none" and conversation.has_thinking:
-        raise SampleFault(
-            f"holds thinking, but {why} of effort `none`; {way_out} remove the thinking"
-        )
-    if effort == "high" and not conversation.ends_with_thinking:
-        raise SampleFault(
-            f"the last turn does not think, but {why} of effort `high`; {way_out} "
-            "add thinking to that turn"
-        )
-    return effort
+        Raises:
+            SampleFault: it cannot be encoded, or has no answer to compare with.
+        """
+        where = f"{name}, {place}:{line}"
+        self.places.setdefault(conversation.key(), where)
+        samples = _test_samples(chat, name, line, conversation)
+        self.near.add(where, split.signature(split.text_of(conversation)))
+        counts = self.counts.setdefault(name, {"samples": 0, "tokens": 0})
+        counts["samples"] += 1
+        for sample in samples:
+            counts["tokens"] += len(sample.tokens or ())
+            self.out.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
 
 
 @dataclass
 class _Training:
     """What reading the training files gave."""
 
-    encoded: list[Encoded]
-    efforts: list[Effort]
-    first: str = ""
-    """Place of the first sample that was kept, for the example."""
-    samples: int = 0
-    too_long: int = 0
-    longest_tokens: int = 0
-    longest_place: str = ""
-
-
-def _read_training(
-    data: DataSection,
-    chat: Chat,
-    faults: Faults,
-    held_out: dict[bytes, str],
-    on_bytes: Callable[[int], None],
-) -> _Training:
-    training = _Training(encoded=[], efforts=[])
-    for path in data.train:
-        for line, conversation in read_conversations(path, faults, on_bytes):
-            training.samples += 1
-            twin = held_out.get(conversation.key())
-            if twin is not None:
-                faults.add(
-                    path,
-                    line,
-                    f"stands word for word in a held-out set ({twin}), which would make the "
-                    "evaluation lie; remove it from one of them",
-                )
-            try:
-                effort = training_effort(conversation, data.reasoning)
-                encoded = chat.encode(conversation, effort)
-            except SampleFault as fault:
-                faults.add(path, line, str(fault))
-                continue
-            length = len(encoded.tokens)
-            if length > data.sequence_length:
-                training.too_long += 1
-                if length > training.longest_tokens:
-                    training.longest_tokens, training.longest_place = length, f"{path}:{line}"
-                if data.too_long == "error":
-                    faults.add(
-                        path,
-                        line,
-                        f"{length} tokens, but data.sequence_length is {data.sequence_length}; "
-                        "raise it, shorten the sample, or set data.too_long to `drop`",
-                    )
-                continue
-            training.first = training.first or f"{path}:{line}"
-            training.encoded.append(encoded)
-            training.efforts.append(effort)
-    return training
+    tally: Tally = field(default_factory=Tally)
+    copies: list[int] = field(default_factory=list)
+    """How often each document is taken in an epoch."""
+    formats: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, list[str]] = field(default_factory=dict)
+    held_out: int = 0
+    first: tuple[str, Sample] | None = None
+    """Place and sample of the first one, for the example."""
+    longest: int = 0
 
 
 def _read_held_out(
     data: DataSection,
     chat: Chat,
     faults: Faults,
-    out: TextIO,
+    held_out: _HeldOut,
     on_bytes: Callable[[int], None],
-) -> tuple[dict[str, dict[str, int]], dict[bytes, str]]:
-    """Write the test samples to `out`; returns counts by set and places by key."""
-    counts: dict[str, dict[str, int]] = {}
-    places: dict[bytes, str] = {}
+) -> None:
     for name, path in data.test.items():
-        count = counts[name] = {"samples": 0, "tokens": 0}
-        for line, conversation in read_conversations(path, faults, on_bytes):
-            places.setdefault(conversation.key(), f"{name}, {path}:{line}")
-            try:
-                samples = _test_samples(chat, name, line, conversation)
-            except SampleFault as fault:
-                faults.add(path, line, str(fault))
-                continue
-            count["samples"] += 1
-            for sample in samples:
-                count["tokens"] += len(sample.tokens or ())
-                out.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
-    return counts, places
+        held_out.counts[name] = {"samples": 0, "tokens": 0}
+        for source in expand([path]):
+            format, rows = looked_at(source, data, on_bytes)
+            reading = Reading.of(format, data)
+            for row in rows:
+                try:
+                    conversation = to_conversation(parse_row(row), reading)
+                    held_out.add(chat, name, source.name, row.line or 0, conversation)
+                except SampleFault as fault:
+                    faults.add(source.name, row.line, str(fault))
 
 
 def _test_samples(chat: Chat, name: str, line: int, conversation: Conversation) -> list[TestSample]:
     """A held-out conversation in every effort, whichever of them is evaluated."""
-    for turn in conversation.assistant_turns:
-        if not any(message.text.strip() or message.tool_calls for message in turn):
-            raise SampleFault("a turn of nothing but thinking has no answer; add one")
+    if conversation.plain is not None:
+        raise SampleFault("plain text has no answer to compare with; give conversations")
+    if conversation.images:
+        raise SampleFault("holds images, which evaluation does not take; remove the sample")
+    check_order(conversation)
+    conversation = conversation.all_trained()
     plain = conversation.without_thinking()
     encoded = {"none": chat.encode(plain, "none"), "high": chat.encode(conversation, "high")}
     last_turn = encoded["none"].tokens[encoded["none"].last_turn :].tolist()
@@ -282,21 +154,124 @@ def _test_samples(chat: Chat, name: str, line: int, conversation: Conversation) 
     return samples
 
 
-def _pack(training: _Training, sequence_length: int) -> PackedData:
-    lengths = np.array([len(encoded.tokens) for encoded in training.encoded], dtype=np.int64)
-    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    bin_documents, bin_starts = pack(lengths, sequence_length)
-    return PackedData(
-        tokens=np.concatenate([encoded.tokens for encoded in training.encoded]),
-        trained=np.concatenate([encoded.trained for encoded in training.encoded]),
-        document_starts=starts,
-        bin_documents=bin_documents,
-        bin_starts=bin_starts,
-    )
+class _Signatures:
+    """Signatures of the training samples, in a file: held-out samples may come after them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._lines, self._sources = array("q"), array("q")
+        self._names: dict[str, int] = {}
+
+    def add(self, name: str, line: int, signature: split.Signature) -> None:
+        """Note the signature of a sample."""
+        self._file.write(signature.tobytes())
+        self._lines.append(line)
+        self._sources.append(self._names.setdefault(name, len(self._names)))
+
+    def alike(self, near: split.NearDuplicates) -> Iterator[dict[str, Any]]:
+        """Yield each sample that is nearly one of the held-out ones."""
+        self._file.seek(0)
+        names = list(self._names)
+        for line, source in zip(self._lines, self._sources, strict=True):
+            raw = self._file.read(4 * split.PERMUTATIONS)
+            found = near.find(np.frombuffer(raw, dtype=np.uint32))
+            if found is not None:
+                place, similarity = found
+                yield {
+                    "sample": f"{names[source]}:{line}",
+                    "held_out": place,
+                    "similarity": round(float(similarity), 2),
+                }
 
 
-def _load_chat() -> Chat:
+def copies_of(key: bytes, weight: float) -> int:
+    """How often a sample is taken at this weight; a fraction by the sample's content."""
+    whole = int(weight)
+    # Not the key itself: `holdout` decides by that, and the two choices must not go together.
+    digest = hashlib.sha256(b"weight" + key).digest()
+    return whole + (int.from_bytes(digest[:8], "big") < (weight - whole) * 2.0**64)
+
+
+class _Reader:
+    """Takes the training data, file by file."""
+
+    def __init__(
+        self,
+        data: DataSection,
+        chat: Chat,
+        held_out: _HeldOut,
+        writer: PackedWriter,
+        store: ImageStoreWriter | None,
+        signatures: _Signatures,
+        faults: Faults,
+        left_out: Faults,
+    ) -> None:
+        self._data = data
+        self._chat = chat
+        self._held_out = held_out
+        self._writer = writer
+        self._store = store
+        self._signatures = signatures
+        self._faults = faults
+        self._left_out = left_out
+        self.training = _Training()
+
+    def file(self, result: FileResult) -> None:
+        """Take one file's outcomes."""
+        name, training = result.source.name, self.training
+        training.formats[name] = NAMES[result.format]
+        unused: set[str] = set()
+        for batch in result.batches:
+            unused |= batch.unused
+            for outcome in batch.outcomes:
+                self._outcome(outcome, result.source)
+        if unused:
+            training.unused[name] = sorted(unused)
+
+    def _outcome(self, outcome: Outcome, source: Source) -> None:
+        tally, place = self.training.tally, f"{source.name}:{outcome.line}"
+        sample, refused = outcome.sample, outcome.refused
+        if sample is not None and (twin := self._held_out.places.get(sample.key)) is not None:
+            refused = (
+                f"stands word for word in a held-out set ({twin}), which would make the "
+                "evaluation lie; remove it from one of them"
+            )
+        elif sample is not None and sample.conversation is not None:
+            try:
+                self._held_out.add(
+                    self._chat, HOLDOUT, source.name, outcome.line or 0, sample.conversation
+                )
+                self.training.held_out += 1
+                tally.records += 1
+                return
+            except SampleFault as fault:
+                refused = str(fault)
+        if sample is None or refused:
+            tally.refuse(outcome, place)
+            # A fault of a whole file stops in any case: no one chose to leave that out.
+            stops = outcome.fault and (self._data.faulty == "error" or outcome.records == 0)
+            into = self._faults if stops else self._left_out
+            into.add(source.name, outcome.line, refused)
+            return
+        tally.take(sample)
+        copies = copies_of(sample.key, self._data.weights.get(source.entry, 1.0))
+        if copies:
+            self._keep(sample, place, copies)
+            if sample.signature is not None:
+                self._signatures.add(source.name, outcome.line or 0, sample.signature)
+
+    def _keep(self, sample: Sample, place: str, copies: int) -> None:
+        training = self.training
+        training.first = training.first or (place, sample)
+        for tokens, trained in documents(sample, self._data.sequence_length):
+            self._writer.add(tokens, trained)
+            if self._store is not None:
+                self._store.add_document(sample.encoded.images)
+            training.copies.append(copies)
+            training.longest = max(training.longest, len(tokens))
+
+
+def load_chat(data: DataSection) -> Chat:
     """The tokenizer of the weights, checked against their manifest."""
     source = manifest.read_manifest(SOURCE, "fetch")
     directory = Path(source["directory"])
@@ -304,89 +279,102 @@ def _load_chat() -> Chat:
     if not entries:
         raise Ms4Error(f"{SOURCE}: lists no tekken.json. Remove it and run `ms4 fetch` again.")
     manifest.check_files({**source, "files": entries}, directory, hashes=True)
-    return Chat(directory / "tekken.json")
+    return Chat(directory / "tekken.json", data.images.max_size)
 
 
-def _summary(training: _Training, packed: PackedData, sequence_length: int) -> dict[str, Any]:
-    """The part `train` of the manifest."""
-    by_effort: dict[str, Counter[str]] = {effort: Counter() for effort in EFFORTS}
-    for encoded, effort in zip(training.encoded, training.efforts, strict=True):
-        by_effort[effort]["samples"] += 1
-        by_effort[effort]["tokens"] += len(encoded.tokens)
-        by_effort[effort]["trained_tokens"] += int(encoded.trained.sum())
-    return {
-        "samples": training.samples,
-        "documents": packed.documents,
-        "tokens": len(packed.tokens),
-        "trained_tokens": int(packed.trained.sum()),
-        "dropped": training.too_long,
-        "bins": packed.bins,
-        "fill": round(len(packed.tokens) / (packed.bins * sequence_length), 6),
-        "longest": int(np.diff(packed.document_starts).max()),
-        "by_effort": {
-            effort: {key: count[key] for key in ("samples", "tokens", "trained_tokens")}
-            for effort, count in by_effort.items()
+def _pack(
+    training: _Training, lengths: Int64s, data: DataSection
+) -> tuple[Int64s, Int64s, dict[str, Any]]:
+    """Documents of the bins, their starts, and what the manifest says of them."""
+    taken = np.repeat(np.arange(len(lengths)), np.array(training.copies, dtype=np.int64))
+    documents, starts = pack(lengths[taken], data.sequence_length, data.packing)
+    bins, tokens = len(starts) - 1, int(lengths[taken].sum())
+    return (
+        taken[documents],
+        starts,
+        {
+            "documents": len(lengths),
+            "bins": bins,
+            "fill": round(tokens / (bins * data.sequence_length), 6),
+            "longest": training.longest,
         },
-    }
-
-
-def render_example(chat: Chat, encoded: Encoded) -> str:
-    """A sample as the model sees it, control tokens by name, what is trained between ⟦ and ⟧."""
-    changes = np.flatnonzero(np.diff(encoded.trained)) + 1
-    stretches = []
-    for tokens, trained in zip(
-        np.split(encoded.tokens, changes), np.split(encoded.trained, changes), strict=True
-    ):
-        text = chat.decode(tokens)
-        if len(text) > _STRETCH_CHARACTERS:
-            half = _STRETCH_CHARACTERS // 2
-            text = f"{text[:half]} … {text[-half:]}"
-        stretches.append(f"⟦{text}⟧" if trained[0] else text)
-    example = "".join(stretches)
-    if len(example) > EXAMPLE_CHARACTERS:
-        example = example[:EXAMPLE_CHARACTERS] + " …"
-    return example
+    )
 
 
 def _print_statement(
-    config: RunConfig,
+    data: DataSection,
     chat: Chat,
     training: _Training,
     train: dict[str, Any],
     test: dict[str, dict[str, int]],
 ) -> None:
-    length = config.data.sequence_length
+    length = data.sequence_length
     efforts = ", ".join(
-        f"{count['samples']:,} {effort}" for effort, count in train["by_effort"].items()
+        f"{counts['samples']:,} {effort}" for effort, counts in train["by_effort"].items()
     )
     share = train["trained_tokens"] / train["tokens"]
-    print(
-        f"training data: {_count(train['documents'], 'sample')} ({efforts}), "
-        f"{train['tokens']:,} tokens, {share:.1%} of them trained\n"
-        f"packed into {_count(train['bins'], 'sequence')} of {length:,} tokens, "
+    lines = [f"{name}: {format}" for name, format in training.formats.items()]
+    lines += [
+        f"{name}: nothing is made of {', '.join(f'`{key}`' for key in keys)}"
+        for name, keys in training.unused.items()
+    ]
+    lines.append(
+        f"training data: {count(train['samples'], 'sample')} ({efforts}), "
+        f"{train['tokens']:,} tokens, {share:.1%} of them trained"
+    )
+    lines.append(
+        f"packed into {count(train['bins'], 'sequence')} of {length:,} tokens, "
         f"{train['fill']:.1%} full; the longest sample has {train['longest']:,} tokens"
     )
-    if training.too_long:
-        print(f"dropped: {_too_long(training, length)}")
-    for name, count in test.items():
-        print(f"held-out set {name}: {_count(count['samples'], 'sample')}")
-    print(
-        f"what the model sees of {training.first}, with ⟦what is trained⟧:\n"
-        f"{render_example(chat, training.encoded[0])}",
-        flush=True,
-    )
+    if other := training.tally.dropped - training.tally.too_long:
+        lines.append(f"dropped for other reasons: {count(other, 'record')} (in {FAULTS})")
+    lines += statements(training.tally, length)
+    if near := train["near_duplicates"]["count"]:
+        worst = train["near_duplicates"]["first"][0]
+        lines.append(
+            f"nearly the same as held-out samples: {count(near, 'sample')}, {worst['sample']} and "
+            f"{worst['held_out']} for one"
+        )
+    lines += [f"held-out set {name}: {count(c['samples'], 'sample')}" for name, c in test.items()]
+    if training.first is not None:
+        place, sample = training.first
+        lines.append(
+            f"what the model sees of {place}, with ⟦what is trained⟧:\n"
+            f"{render_example(chat, sample.encoded)}"
+        )
+    print("\n".join(lines), flush=True)
 
 
-def _too_long(training: _Training, length: int) -> str:
-    are = "is" if training.too_long == 1 else "are"
+def statements(tally: Tally, length: int) -> list[str]:
+    """What is not as a person may expect, a line each."""
+    lines = []
+    if tally.too_long:
+        lines.append(f"dropped: {_too_long(tally, length)}")
+    if tally.truncated:
+        lines.append(f"truncated after a turn: {count(tally.truncated, 'sample')}")
+    unlike = {kind for kind in tally.by_kind if ", " in kind or kind == "plain text"}
+    lines += [
+        f"{kind}: {count(tally.by_kind[kind]['samples'], 'sample')}, "
+        f"{tally.by_kind[kind]['tokens'] / tally.tokens:.1%} of the tokens"
+        for kind in sorted(unlike)
+    ]
+    for note, number in sorted(tally.notes.items()):
+        case, policy = note.split()
+        did = "taken as they are" if policy == "warn" else "mended"
+        lines.append(f"thinking, data.thinking.{case}: {count(number, 'case')} {did}")
+    lines += [
+        f"changed by mistral-common's rules: {number:,} {name.replace('_', ' ')}"
+        for name, number in sorted(tally.changed.items())
+    ]
+    return lines
+
+
+def _too_long(tally: Tally, length: int) -> str:
+    are = "is" if tally.too_long == 1 else "are"
     return (
-        f"{_count(training.too_long, 'sample')} {are} longer than data.sequence_length {length:,}; "
-        f"the longest, {training.longest_place}, has {training.longest_tokens:,} tokens"
+        f"{count(tally.too_long, 'sample')} {are} longer than data.sequence_length {length:,}; "
+        f"the longest, {tally.longest_place}, has {tally.longest_tokens:,} tokens"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def run_stage(config: RunConfig) -> None:
@@ -395,47 +383,83 @@ def run_stage(config: RunConfig) -> None:
     Raises:
         Ms4Error: names all that is wrong with the data.
     """
-    chat = _load_chat()
     data = config.data
-    faults = Faults(config.data_files())
-    paths = [Path(name) for name in config.data_files()]
-    size = sum(path.stat().st_size for path in paths if path.is_file())
+    chat = load_chat(data)
+    sources = expand(data.train)
+    local = [source.path for source in (*sources, *expand(data.test.values())) if not source.hub]
+    size = sum(path.stat().st_size for path in local if path.is_file())
+    faults, left_out = Faults(config.data_files()), Faults(config.data_files())
     TEST.parent.mkdir(parents=True, exist_ok=True)
     for left_by_a_kill in TEST.parent.glob(".*.tmp"):
         left_by_a_kill.unlink()
     temporary = TEST.with_name(f".{TEST.name}.{os.getpid()}.tmp")
+    spool = TEST.with_name(f".signatures.{os.getpid()}.tmp")
+    with_images = data.modality == "text_vision"
+    compared = bool(data.test) or data.holdout > 0
+    workers = config.run.threads or len(os.sched_getaffinity(0))
     try:
         with (
             temporary.open("w", encoding="utf-8") as out,
-            ByteProgress("conversations", size) as progress,
+            spool.open("w+b") as signatures,
+            PackedWriter(TRAIN) as writer,
+            ExitStack() as stack,
         ):
-            # Held-out sets first: a training sample is then looked up among theirs.
-            test, held_out = _read_held_out(data, chat, faults, out, progress.advance)
-            training = _read_training(data, chat, faults, held_out, progress.advance)
-        refused = training.too_long and data.too_long == "error"
-        faults.raise_any(FAULTS, _too_long(training, data.sequence_length) if refused else "")
-        if not training.encoded:
-            raise Ms4Error(
-                f"nothing is left to train on: {_too_long(training, data.sequence_length)}. "
-                "Raise data.sequence_length."
-            )
-        manifest.commit_file(temporary, TEST)
+            store = None
+            if with_images:
+                largest = data.images.max_size
+                store = stack.enter_context(ImageStoreWriter(IMAGES, largest, workers))
+            recipe = Recipe(data, with_images=with_images, signatures=compared)
+            held_out, near = _HeldOut(out), _Signatures(signatures)
+            reader = _Reader(data, chat, held_out, writer, store, near, faults, left_out)
+            with (
+                started(chat, recipe, workers, size) as pool,
+                ByteProgress("conversations", size) as progress,
+            ):
+                # Held-out sets first: a training sample is then looked up among theirs.
+                _read_held_out(data, chat, faults, held_out, progress.advance)
+                for result in read_files(sources, pool, data, progress.advance):
+                    reader.file(result)
+            training, tally = reader.training, reader.training.tally
+            refused = tally.too_long and data.too_long == "error"
+            faults.raise_any(FAULTS, _too_long(tally, data.sequence_length) if refused else "")
+            left_out.write(FAULTS)
+            if not training.copies:
+                raise Ms4Error(f"nothing is left to train on: {_why_nothing(tally, data)}")
+            alike = list(near.alike(held_out.near))
+            documents, starts, packed = _pack(training, writer.lengths, data)
+            writer.finish(documents, starts)
+            images = store.finish() if store is not None else {}
+            out.flush()
+            manifest.commit_file(temporary, TEST)
     finally:
         temporary.unlink(missing_ok=True)
+        spool.unlink(missing_ok=True)
 
-    packed = _pack(training, data.sequence_length)
-    temporary = TRAIN.with_name(f".{TRAIN.name}.{os.getpid()}.tmp")
-    save_file({name: getattr(packed, name) for name in _DTYPES}, temporary)
-    manifest.commit_file(temporary, TRAIN)
-
-    train = _summary(training, packed, data.sequence_length)
+    written = (TRAIN, TEST, IMAGES) if with_images else (TRAIN, TEST)
+    train = {
+        **tally.counts(),
+        **packed,
+        "held_out": training.held_out,
+        "formats": training.formats,
+        "unused": training.unused,
+        "near_duplicates": {"count": len(alike), "first": alike[:NEAR_LISTED]},
+        **({"images": images} if with_images else {}),
+    }
     manifest.write_manifest(
         RESULT,
         "preprocess",
         config_hash=config.part_hash("preprocess"),
-        inputs=[SOURCE, *paths],
-        files=[manifest.file_entry(path, Path()) for path in (TRAIN, TEST)],
+        inputs=[SOURCE, *local],
+        files=[manifest.file_entry(path, Path()) for path in written],
         train=train,
-        test=test,
+        test=held_out.counts,
     )
-    _print_statement(config, chat, training, train, test)
+    _print_statement(data, chat, training, train, held_out.counts)
+
+
+def _why_nothing(tally: Tally, data: DataSection) -> str:
+    if tally.too_long:
+        return f"{_too_long(tally, data.sequence_length)}. Raise data.sequence_length."
+    if tally.samples:
+        return "data.weights leaves out every sample. Raise a weight, or give more data."
+    return f"{count(tally.dropped, 'record')} dropped (in {FAULTS}). Correct the data."

@@ -13,15 +13,29 @@ LISTED = 20
 """So many faults stand in the error message; the file beside the data has all."""
 
 
+KEPT = 100_000
+"""So many are kept: a file of another kind than it seems can have millions."""
+
+
 class SampleFault(Exception):
     """What is wrong with one sample, and what to do; its place is added by who reads the file."""
+
+
+class SampleDropped(Exception):
+    """A sample that a policy leaves out, with the reason; no fault stops because of it."""
 
 
 @dataclass(order=True)
 class _Fault:
     file_number: int
     line: int
-    text: str = field(compare=False)
+    file: str = field(compare=False)
+    reason: str = field(compare=False)
+
+    @property
+    def text(self) -> str:
+        place = f"{self.file}:{self.line}" if self.line else self.file
+        return f"{place}: {self.reason}"
 
 
 class Faults:
@@ -30,17 +44,48 @@ class Faults:
     def __init__(self, files: Iterable[str] = ()) -> None:
         self._faults: list[_Fault] = []
         self._files: dict[str, int] = {}
+        self._count = 0
         for path in files:
             self._files.setdefault(path, len(self._files))
 
     def add(self, path: str, line: int | None, text: str) -> None:
         """Note a fault: `text` says what is wrong; what to do."""
         number = self._files.setdefault(path, len(self._files))
-        place = path if line is None else f"{path}:{line}"
-        self._faults.append(_Fault(number, line or 0, f"{place}: {text}"))
+        self._count += 1
+        if self._count <= KEPT:
+            self._faults.append(_Fault(number, line or 0, path, text))
 
     def __len__(self) -> int:
-        return len(self._faults)
+        return self._count
+
+    def entries(self) -> list[dict[str, object]]:
+        """File, line (None: the whole file) and reason of each, in order."""
+        return [
+            {"file": fault.file, "line": fault.line or None, "reason": fault.reason}
+            for fault in sorted(self._faults)
+        ]
+
+    def first(self) -> list[str]:
+        """The first ones."""
+        return self._lines()[:LISTED]
+
+    def _lines(self) -> list[str]:
+        return [" ".join(fault.text.splitlines()) for fault in sorted(self._faults)]
+
+    def write(self, path: Path) -> list[str]:
+        """Write all of them to a file, a line each, or remove it if there are none; returns the
+        first ones and how many more there are."""
+        if not self._count:
+            path.unlink(missing_ok=True)
+            return []
+        lines = self._lines()
+        unlisted = self._count - len(lines)
+        rest = [f"and {unlisted} more that are not listed"] if unlisted else []
+        manifest.write_text(path, "\n".join(lines + rest) + "\n")
+        listed = lines[:LISTED]
+        if self._count > LISTED:
+            listed.append(f"and {self._count - LISTED} more (all in {path})")
+        return listed
 
     def raise_any(self, all_of_them: Path, summary: str = "") -> None:
         """Write the faults to `all_of_them` and raise if there are any.
@@ -48,15 +93,10 @@ class Faults:
         Raises:
             Ms4Error: lists the first ones in the order of files and lines, then `summary`.
         """
-        if not self._faults:
-            all_of_them.unlink(missing_ok=True)
+        listed = self.write(all_of_them)
+        if not listed:
             return
-        lines = [fault.text for fault in sorted(self._faults)]
-        manifest.write_text(all_of_them, "\n".join(lines) + "\n")
-        listed = lines[:LISTED]
-        if len(lines) > LISTED:
-            listed.append(f"and {len(lines) - LISTED} more (all in {all_of_them})")
         if summary:
             listed.append(summary)
-        faults = "a fault" if len(lines) == 1 else f"{len(lines)} faults"
+        faults = "a fault" if self._count == 1 else f"{self._count} faults"
         raise Ms4Error(f"the data has {faults}:\n  " + "\n  ".join(listed))

@@ -6,6 +6,9 @@
     starts   I64  [I + 1]  image i is pixels[starts[i]:starts[i + 1]]
     grids    I32  [I, 2]   columns and rows of its tokens; width and height are 28 times these
     sha256   U8   [I, 32]  of the file that it came from
+    document_starts  I64 [D + 1]  document d of the packed data shows the images
+    document_images  I64 [uses]   document_images[document_starts[d]:document_starts[d + 1]],
+                                  in the order of their tokens
 
 BF16 is what the vision tower computes in on a GPU. The pixels come first, so that the file is
 written as they are made; its header is put into the room that was left for it at the end.
@@ -15,7 +18,9 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -69,6 +74,7 @@ class ImageStoreWriter:
         self._numbers: dict[bytes, int] = {}
         self._grids: list[Grid] = []
         self._sizes: list[int] = []
+        self._uses, self._use_starts = array("q"), array("q", [0])
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._spool.open("wb")
 
@@ -85,7 +91,12 @@ class ImageStoreWriter:
         self._spool.unlink(missing_ok=True)
         self._temporary.unlink(missing_ok=True)
 
-    def add(self, image: EncodedImage) -> int:
+    def add_document(self, images: Sequence[EncodedImage]) -> None:
+        """Note the next document of the packed data, in their order, and the images it shows."""
+        self._uses.extend(self._add(image) for image in images)
+        self._use_starts.append(len(self._uses))
+
+    def _add(self, image: EncodedImage) -> int:
         """The image's number in the store; an equal file gets the number that it has."""
         number = self._numbers.setdefault(image.sha256, len(self._numbers))
         if number == len(self._grids):
@@ -117,6 +128,8 @@ class ImageStoreWriter:
                     "U8",
                     np.frombuffer(b"".join(self._numbers), dtype=np.uint8).reshape(-1, 32),
                 ),
+                ("document_starts", "I64", np.array(self._use_starts, dtype=np.int64)),
+                ("document_images", "I64", np.array(self._uses, dtype=np.int64)),
             ]
             end = 2 * int(starts[-1])
             header: dict[str, Any] = {
@@ -136,7 +149,7 @@ class ImageStoreWriter:
         commit_file(self._temporary, self._path)
         return {"distinct": len(self._grids), "bytes": self._path.stat().st_size}
 
-    def _prepared(self) -> Any:
+    def _prepared(self) -> Iterator[bytes]:
         """Every image's pixels in order; a few are under way at a time."""
         offsets = np.cumsum([0, *self._sizes]).tolist()
         tasks = [
@@ -186,6 +199,8 @@ class ImageStore:
             """int32 [I, 2]: columns and rows of each image's tokens."""
             self.sha256 = np.array(table("sha256", np.uint8))
             """uint8 [I, 32]: of the files that they came from."""
+            self._use_starts = np.array(table("document_starts", np.int64))
+            self._uses = np.array(table("document_images", np.int64))
         except FileNotFoundError as error:
             raise Ms4Error(
                 f"{path} is missing: run `ms4 preprocess` (or `snakemake`) first."
@@ -195,6 +210,18 @@ class ImageStore:
 
     def __len__(self) -> int:
         return len(self.grids)
+
+    @property
+    def documents(self) -> int:
+        """Documents of the packed data."""
+        return len(self._use_starts) - 1
+
+    def document(self, number: int) -> list[int]:
+        """Numbers of the images of a document, in the order of their tokens."""
+        found: list[int] = self._uses[
+            self._use_starts[number] : self._use_starts[number + 1]
+        ].tolist()
+        return found
 
     def pixels(self, number: int) -> Uint16s:
         """The bits of an image's BF16 pixels, [3, height, width]; not copied."""

@@ -29,7 +29,7 @@ import httpx2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image as Pillow
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 
 from ms4.data.conversation import Conversation, Image
 from ms4.data.faults import SampleFault
@@ -154,7 +154,7 @@ def open_image(raw: bytes) -> Pillow.Image:
                 )
             image.load()
             upright = ImageOps.exif_transpose(image)
-    except Pillow.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise SampleFault(
             f"an image is of no format that is read ({', '.join(FORMATS)}); convert it"
         ) from error

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 Int64s = npt.NDArray[np.int64]
 
+_BLOCK = 1 << 16
+
 Way = Literal["best_fit", "length_grouped", "none"]
 """How documents share bins: `best_fit` fills them, the others put one document in each."""
 
@@ -40,31 +42,35 @@ def pack(lengths: Int64s, capacity: int, way: Way = "best_fit") -> tuple[Int64s,
 def _best_fit(lengths: Int64s, capacity: int) -> tuple[Int64s, Int64s]:
     order = np.argsort(-lengths, kind="stable")  # ties by document number
     smallest = int(lengths.min(initial=capacity))
-    bins: list[list[int]] = []
     # Bins by the room that they have left. Bins that even the smallest document does not fit
     # in leave the search, which keeps `rooms` short: its insertions are what costs.
     by_room: dict[int, list[int]] = {}
     rooms: list[int] = []
-    for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        position = bisect_left(rooms, length)
-        if position < len(rooms):
-            room = rooms[position]
-            number = by_room[room].pop()
-            if not by_room[room]:
-                del by_room[room], rooms[position]
-        else:
-            room, number = capacity, len(bins)
-            bins.append([])
-        bins[number].append(document)
-        room -= length
-        if room >= smallest:
-            if room not in by_room:
-                by_room[room] = []
-                insort(rooms, room)
-            by_room[room].append(number)
-    starts = np.zeros(len(bins) + 1, dtype=np.int64)
-    np.cumsum([len(documents) for documents in bins], out=starts[1:])
-    return np.array([d for documents in bins for d in documents], dtype=np.int64), starts
+    bins = 0
+    placed = np.empty(len(order), dtype=np.int64)  # the bin of each document, as `order` has them
+    for start in range(0, len(order), _BLOCK):  # lists of millions of numbers take gigabytes
+        block = []
+        for length in lengths[order[start : start + _BLOCK]].tolist():
+            position = bisect_left(rooms, length)
+            if position < len(rooms):
+                room = rooms[position]
+                number = by_room[room].pop()
+                if not by_room[room]:
+                    del by_room[room], rooms[position]
+            else:
+                room, number = capacity, bins
+                bins += 1
+            block.append(number)
+            room -= length
+            if room >= smallest:
+                if room not in by_room:
+                    by_room[room] = []
+                    insort(rooms, room)
+                by_room[room].append(number)
+        placed[start : start + len(block)] = block
+    starts = np.zeros(bins + 1, dtype=np.int64)
+    np.cumsum(np.bincount(placed, minlength=bins), out=starts[1:])
+    return order[np.argsort(placed, kind="stable")].astype(np.int64), starts
 
 
 def fill(lengths: Int64s, bin_documents: Int64s, bin_starts: Int64s, capacity: int) -> float:

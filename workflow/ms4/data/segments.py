@@ -93,7 +93,8 @@ class Segments:
     def _text(self, text: str) -> Ids:
         if len(text) > _LONGEST:
             raise _NotPlainError
-        return self._encoding.encode_ordinary(text)
+        ids: Ids = self._encoding.encode_ordinary(text)
+        return ids
 
     def _check(self, messages: Sequence[Message]) -> None:
         """Order of roles, and tool results by their ids; as mistral-common's validators."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from ms4.model.attention import packed_mask
 from ms4.model.loss import cross_entropy_sum
+from ms4.model.vision import image_outputs
 
 PAD = 11
 """The model's padding id."""
@@ -37,6 +38,10 @@ class Batch:
     """The positions that have a target, in the rows laid end to end."""
     longest: int
     """Positions of the longest document."""
+    images: tuple[torch.Tensor, ...] = ()
+    """Distinct images, each [3, height, width], as the vision tower sees them."""
+    shown: tuple[int, ...] = ()
+    """Which of them stands where: one number for each image in the rows, in their order."""
 
     @classmethod
     def of(
@@ -78,7 +83,7 @@ class Batch:
             for name, value in vars(self).items()
             if isinstance(value, torch.Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, images=tuple(image.to(device) for image in self.images), **moved)
 
 
 class PackedLoss(nn.Module):
@@ -97,6 +102,7 @@ class PackedLoss(nn.Module):
             input_ids=batch.tokens_BT,
             position_ids=batch.positions_BT,
             use_cache=False,
+            **image_outputs(self.model.model, batch.images, batch.shown),
             **packed_mask(way, batch.documents_BT, batch.starts_N, batch.longest),
         ).last_hidden_state
         return cross_entropy_sum(

@@ -167,7 +167,9 @@ def _data(run: Run) -> str:
         "samples": "samples",
         "tokens": "tokens",
         "trained_tokens": "tokens that the loss is taken of",
-        "dropped": "samples dropped as too long",
+        "dropped": "records dropped",
+        "truncated": "samples truncated",
+        "held_out": "samples held out",
         "bins": "packed sequences",
         "longest": "longest sample, tokens",
     }
@@ -259,6 +261,25 @@ def _verdict(evaluation: Mapping[str, Any]) -> str:
     )
 
 
+def _weights(verify: Mapping[str, Any]) -> str:
+    """What the stage verify found of the base, as rows of fact and figure."""
+    rows = [["softmax scale", verify.get("softmax_scale", "unknown")]]
+    if errors := verify.get("recomputed"):
+        rows.append(
+            [f"{len(errors)} parameters recomputed from the source", f"{max(errors.values()):.2g}"]
+        )
+    if losses := verify.get("losses"):
+        tokens = f"{losses['tokens']} tokens of {losses['text']}"
+        rows += [
+            [f"loss of {tokens}, softmax scale {scale}", nats(losses[scale])]
+            for scale in ("plain", "yarn")
+        ]
+        if losses.get("exact") is not None:
+            rows.append(["the same with the source's exact weights", nats(losses["exact"])])
+    notes = "".join(f'<p class="dim">{text(note)}</p>' for note in verify.get("notes", ()))
+    return html_table(["check of the base", "found"], rows, 1) + notes
+
+
 def render_report(run: Run, loss: Path, evaluation: Path) -> str:
     """The report as one HTML file that needs no other.
 
@@ -296,6 +317,10 @@ def render_report(run: Run, loss: Path, evaluation: Path) -> str:
 <h2>Training</h2>
 {_image(loss, "Loss and learning rate over the optimizer steps")}
 {went_on}
+<h3>Base weights</h3>
+{_weights(run.manifests["verify"])}
+<p class="dim">Errors are norm-wise: ‖base − recomputed‖ / ‖recomputed‖. Losses in nats per
+token.</p>
 <h3>Adapters</h3>
 {html_table(["target", "tensors", "parameters"], adapter, 1)}
 <h2>Generated answers</h2>

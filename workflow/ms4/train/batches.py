@@ -5,16 +5,18 @@ Shape letters: B rows (bins), T positions.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from ms4.data.dataset import PackedData
-from ms4.data.packing import epoch_order
+from ms4.data.image_store import ImageStore
+from ms4.data.packing import Order, share
 from ms4.model.module import IGNORED, PAD, Batch, PackedLoss
 
-__all__ = ["IGNORED", "PAD", "Batch", "collate", "loss_sum", "step_batches"]
+__all__ = ["IGNORED", "PAD", "Batch", "Batches", "collate", "loss_sum", "step_batches"]
 
 
 def collate(rows: list[list[tuple[np.ndarray, np.ndarray]]]) -> Batch:
@@ -40,21 +42,72 @@ def collate(rows: list[list[tuple[np.ndarray, np.ndarray]]]) -> Batch:
     return Batch.of(tokens_BT, positions_BT, documents_BT, targets_BT)
 
 
+class Batches:
+    """The batches of every optimizer step, a function of seed and step alone.
+
+    The bins of all epochs, each shuffled by seed and epoch, form one endless row; a step takes the
+    next ranks × micro_batch × accumulation of them. So the data position is the step, and nothing
+    else.
+    """
+
+    def __init__(
+        self,
+        data: PackedData,
+        micro_batch: int,
+        accumulation: int,
+        seed: int,
+        *,
+        images: ImageStore | None = None,
+        grouped: bool = False,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        """Prepare to read.
+
+        Args:
+            data: the packed data.
+            micro_batch: bins of a batch.
+            accumulation: batches of a step, on each rank.
+            seed: of the order.
+            images: those of the documents, if they have any.
+            grouped: keep bins of like length in one batch, as `length_grouped` sorts them.
+            rank: whose batches these are, of `ranks`.
+            ranks: which share each step.
+        """
+        self._data, self._images = data, images
+        self._micro_batch, self._per_step = micro_batch, ranks * micro_batch * accumulation
+        self._order = Order(data.bins, seed, micro_batch if grouped else 1)
+        self._rank, self._ranks = rank, ranks
+
+    def step(self, step: int) -> list[Batch]:
+        """The batches of optimizer step `step`, from 0."""
+        size = self._micro_batch
+        bins = self._order.at(step * self._per_step, self._per_step)
+        bins = share(bins, self._rank, self._ranks, size)
+        return [self._batch(bins[at : at + size]) for at in range(0, len(bins), size)]
+
+    def _batch(self, bins: list[int]) -> Batch:
+        numbers = [self._data.bin(number).tolist() for number in bins]
+        batch = collate([[self._data.document(d) for d in row] for row in numbers])
+        if self._images is None:
+            return batch
+        store = self._images
+        uses = [image for row in numbers for document in row for image in store.document(document)]
+        distinct = list(dict.fromkeys(uses))
+        place = {image: number for number, image in enumerate(distinct)}
+        pixels = [torch.from_numpy(store.pixels(image).view(np.int16).copy()) for image in distinct]
+        return replace(
+            batch,
+            images=tuple(image.view(torch.bfloat16) for image in pixels),
+            shown=tuple(place[image] for image in uses),
+        )
+
+
 def step_batches(
     data: PackedData, step: int, micro_batch: int, accumulation: int, seed: int
 ) -> list[Batch]:
-    """The batches of optimizer step `step` (from 0).
-
-    The bins of all epochs, each shuffled by seed and epoch, form one endless row; a step takes the
-    next micro_batch × accumulation of them. So the data position is the step, and nothing else.
-    """
-    per_step = micro_batch * accumulation
-    wanted = range(step * per_step, (step + 1) * per_step)
-    orders = {index // data.bins for index in wanted}
-    by_epoch = {epoch: epoch_order(data.bins, seed, epoch) for epoch in orders}
-    bins = [int(by_epoch[index // data.bins][index % data.bins]) for index in wanted]
-    rows = [[data.document(int(d)) for d in data.bin(number)] for number in bins]
-    return [collate(rows[at : at + micro_batch]) for at in range(0, per_step, micro_batch)]
+    """The batches of one optimizer step (from 0), as `Batches` gives them."""
+    return Batches(data, micro_batch, accumulation, seed).step(step)
 
 
 def loss_sum(model: Any, batch: Batch, chunk: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from torch import nn
 from ms4 import spec
 from ms4.config import AdaptersSection, RunConfig, TrainSection
 from ms4.data.dataset import load_packed
+from ms4.data.image_store import ImageStore
 from ms4.errors import Ms4Error
 from ms4.manifest import check_files, file_entry, read_manifest, sha256_json, write_json
 from ms4.manifest import write_manifest as write_stage_manifest
@@ -31,10 +32,11 @@ from ms4.model.build import choose_device, load_model, prepare_torch
 from ms4.model.module import PackedLoss
 from ms4.plan import compare, total_steps
 from ms4.train import metrics, optim, state
-from ms4.train.batches import step_batches
+from ms4.train.batches import Batches
 
 BASE = Path("weights/base")
 ADAPTER = Path("results/adapter")
+IMAGES = Path("data/packed/images.safetensors")
 OUTPUT = Path("results/train.json")
 MACHINE = Path("results/train_machine.json")
 INPUTS = {
@@ -120,6 +122,15 @@ def run_stage(config: RunConfig) -> None:
     check_files(manifests["descale"], BASE)
     check_files(manifests["preprocess"], Path())
     data = load_packed(Path("data/packed/train.safetensors"))
+    made = {entry["path"] for entry in manifests["preprocess"]["files"]}
+    reader = Batches(
+        data,
+        config.train.micro_batch,
+        config.train.accumulation,
+        config.seed,
+        images=ImageStore(IMAGES) if str(IMAGES) in made else None,
+        grouped=config.data.packing == "length_grouped",
+    )
     steps = total_steps(config, data.bins)
     run = sha256_json([config.part("train"), manifests["descale"], manifests["preprocess"], steps])
 
@@ -152,9 +163,7 @@ def run_stage(config: RunConfig) -> None:
             rate = learning_rate(step, steps, config.train)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            batches = step_batches(
-                data, step, config.train.micro_batch, config.train.accumulation, config.seed
-            )
+            batches = reader.step(step)
             # One normalizer for the whole step: a token weighs the same in whatever batch it is.
             trained = sum(batch.trained for batch in batches)
             total = torch.zeros((), dtype=torch.float64, device=device)

@@ -1,0 +1,437 @@
+"""Records → samples in tokens: in parallel, in order, the same for any number of processes.
+
+Each record ends as exactly one outcome: a sample, or the reason why it is none.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ms4.config_data import DataSection, Effort, FieldName, Format
+from ms4.data import formats, images, split
+from ms4.data.chat import Chat, Encoded, Masking
+from ms4.data.conversation import Conversation
+from ms4.data.faults import SampleDropped, SampleFault
+from ms4.data.formats import Reading
+from ms4.data.readers import Row, parse_row, read_rows
+from ms4.data.reasoning import settle
+from ms4.data.sources import Source
+from ms4.errors import Ms4Error
+
+Int32s = npt.NDArray[np.int32]
+Uint8s = npt.NDArray[np.uint8]
+
+LOOKED_AT = 100
+"""Records of a file that its format is told from."""
+_BATCH_BYTES = 256 << 10
+_BATCH_ROWS = 256
+PARALLEL_BYTES = 4 << 20
+"""Data of fewer bytes is done before processes for it are up."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How records become samples."""
+
+    data: DataSection
+    with_images: bool = False
+    """Encode images; else a sample that holds one is refused."""
+    signatures: bool = False
+    """Make what near duplicates are found by."""
+    base: Path = Path()
+    """What relative roots of images are relative to."""
+
+    @property
+    def masking(self) -> Masking:
+        """What of the assistant's turns is trained."""
+        untrained = self.data.untrained
+        return Masking(
+            turns="last" if "earlier_turns" in untrained else "all",
+            thinking="thinking" not in untrained,
+            tool_calls="tool_calls" not in untrained,
+            earlier_thinking=self.data.earlier_thinking != "mask",
+        )
+
+    @property
+    def image_rules(self) -> images.ImageRules:
+        """Where images may come from."""
+        given = self.data.images
+        return images.ImageRules(
+            roots=tuple(self.base / root for root in given.roots), allow_http=given.allow_http
+        )
+
+
+@dataclass
+class Sample:
+    """A record in tokens."""
+
+    key: bytes
+    effort: Effort
+    encoded: Encoded
+    turns: int
+    """Of the assistant."""
+    thinks: bool
+    plain: bool
+    truncated: bool
+    notes: tuple[str, ...]
+    conversation: Conversation | None
+    """Of a sample that is held out, and only of one."""
+    signature: npt.NDArray[np.uint32] | None
+
+
+def documents(sample: Sample, length: int) -> Iterator[tuple[Int32s, Uint8s]]:
+    """Tokens and mask of the documents that a sample is: one, or the pieces of a plain text."""
+    tokens, trained = sample.encoded.tokens, sample.encoded.trained
+    for start in range(0, len(tokens), length):
+        yield tokens[start : start + length], trained[start : start + length]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a row."""
+
+    line: int | None
+    sample: Sample | None = None
+    refused: str = ""
+    """Why there is no sample, and what to do."""
+    fault: bool = True
+    """False: a policy of the configuration left it out."""
+    too_long: int = 0
+    """Its tokens, if it was refused for their number."""
+    records: int = 1
+
+
+@dataclass
+class Batch:
+    """Outcomes of rows that follow one another, and what was seen in them."""
+
+    outcomes: list[Outcome]
+    unused: set[str] = field(default_factory=set)
+    """Keys that nothing was made of."""
+    mapped: set[FieldName] = field(default_factory=set)
+    """Which of `data.fields` were found."""
+
+
+@dataclass
+class FileResult:
+    """One file: how it is read, and its outcomes, which must be taken before the rest is true."""
+
+    source: Source
+    format: Format
+    batches: Iterator[Batch]
+
+
+class Preparer:
+    """Makes samples of rows."""
+
+    def __init__(self, chat: Chat, recipe: Recipe) -> None:
+        self._chat = chat
+        self._recipe = recipe
+
+    def batch(self, rows: list[Row], reading: Reading, source: Source) -> Batch:
+        """The outcomes of these rows."""
+        result = Batch([])
+        for row in rows:
+            try:
+                record = parse_row(row)
+                result.unused |= formats.unused_keys(record, reading)
+                if reading.fields:
+                    result.mapped |= formats.mapped_fields(record, reading)
+                outcome = self._outcome(row, formats.to_conversation(record, reading), source)
+            except SampleDropped as reason:
+                outcome = Outcome(row.line, refused=str(reason), fault=False)
+            except SampleFault as fault:
+                outcome = Outcome(row.line, refused=str(fault), records=row.records)
+            result.outcomes.append(outcome)
+        return result
+
+    def _outcome(self, row: Row, conversation: Conversation, source: Source) -> Outcome:
+        data = self._recipe.data
+        key = conversation.key()
+        settled = settle(conversation, data)
+        conversation = settled.conversation
+        if conversation.images:
+            if not self._recipe.with_images:
+                raise SampleFault(
+                    "holds images, and data.modality is `text`; remove the sample or its images"
+                )
+            conversation = images.resolve(conversation, source.path, self._recipe.image_rules)
+        encoded = self._chat.encode(conversation, settled.effort, self._recipe.masking)
+        length, plain = len(encoded.tokens), conversation.plain is not None
+        truncated = False
+        if length > data.sequence_length and not plain:
+            if data.too_long != "truncate":
+                return Outcome(
+                    row.line,
+                    refused=f"{length} tokens, but data.sequence_length is {data.sequence_length}; "
+                    "raise it, shorten the sample, or set data.too_long to `drop` or `truncate`",
+                    fault=data.too_long == "error",
+                    too_long=length,
+                )
+            shorter = self._truncated(conversation, encoded, settled.effort)
+            if shorter is None:
+                return Outcome(
+                    row.line,
+                    refused=f"{length} tokens, and no turn of the assistant ends within "
+                    f"data.sequence_length {data.sequence_length}; raise it or shorten the sample",
+                    fault=False,
+                    too_long=length,
+                )
+            (conversation, encoded), truncated = shorter, True
+        if not encoded.trained.any():
+            raise SampleFault(
+                "nothing of it is trained: data.untrained or its messages' weights leave out all "
+                "of it; remove the sample or change them"
+            )
+        held_out = data.holdout > 0 and not plain and split.held_out(key, data.holdout)
+        return Outcome(
+            row.line,
+            Sample(
+                key=key,
+                effort=settled.effort,
+                encoded=encoded,
+                turns=len(conversation.assistant_turns),
+                thinks=conversation.has_thinking,
+                plain=plain,
+                truncated=truncated,
+                notes=settled.notes,
+                conversation=conversation if held_out else None,
+                signature=split.signature(split.text_of(conversation))
+                if self._recipe.signatures and not plain
+                else None,
+            ),
+        )
+
+    def _truncated(
+        self, conversation: Conversation, encoded: Encoded, effort: Effort
+    ) -> tuple[Conversation, Encoded] | None:
+        """The longest beginning that fits and ends with a turn of its effort."""
+        ends = encoded.turn_ends
+        turns = conversation.assistant_turns
+        taken = 0
+        stops: list[int] = []  # messages up to and with each turn of the assistant
+        for index, message in enumerate(conversation.messages):
+            last = index + 1 == len(conversation.messages)
+            if message.role == "assistant" and (
+                last or conversation.messages[index + 1].role != "assistant"
+            ):
+                stops.append(index + 1)
+        for number in reversed(range(len(ends))):
+            thinks = any(message.has_thinking for message in turns[number])
+            if ends[number] > self._recipe.data.sequence_length or (
+                effort == "high" and not thinks
+            ):
+                continue
+            taken = stops[number]
+            if conversation.messages[taken - 1].tool_calls:
+                continue  # a call without its result, where the conversation had one
+            shorter = replace(conversation, messages=conversation.messages[:taken])
+            again = self._chat.encode(shorter, effort, self._recipe.masking)
+            if again.trained.any():
+                return shorter, again
+        return None
+
+
+# Processes. What a worker works with is set before it is forked.
+
+_PREPARER: Preparer | None = None
+
+
+def _start(parent: int) -> None:
+    def watch() -> None:
+        # A killed parent closes nothing that its workers wait for: each sees to itself.
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _ready() -> int:
+    return os.getpid()
+
+
+def _work(rows: list[Row], reading: Reading, source: Source) -> _Sent:
+    if _PREPARER is None:
+        raise RuntimeError("a worker without its preparer")
+    return _Sent.of(_PREPARER.batch(rows, reading, source))
+
+
+@dataclass
+class _Sent:
+    """A batch on its way between processes: its arrays as one, which is sent several times faster
+    than thousands of small ones."""
+
+    batch: Batch
+    encoded: list[Encoded]
+    """Of each sample, without its arrays."""
+    lengths: list[int]
+    tokens: Int32s
+    trained: Uint8s
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Sent:
+        none = np.zeros(0, dtype=np.int32)
+        encoded = [o.sample.encoded for o in batch.outcomes if o.sample is not None]
+        bare = Encoded(none, none.astype(np.uint8), none.astype(np.int64))
+        for outcome in batch.outcomes:
+            if outcome.sample is not None:
+                outcome.sample.encoded = bare
+        return cls(
+            batch=batch,
+            encoded=[
+                replace(bare, images=e.images, changed=e.changed) if e.images or e.changed else bare
+                for e in encoded
+            ],
+            lengths=[len(e.tokens) for e in encoded],
+            tokens=np.concatenate([none, *(e.tokens for e in encoded)]),
+            trained=np.concatenate([bare.trained, *(e.trained for e in encoded)]),
+        )
+
+    def received(self) -> Batch:
+        """The batch; its samples' turns cannot be cut any more."""
+        samples = [o.sample for o in self.batch.outcomes if o.sample is not None]
+        start = 0
+        for sample, encoded, length in zip(samples, self.encoded, self.lengths, strict=True):
+            end = start + length
+            sample.encoded = replace(
+                encoded, tokens=self.tokens[start:end], trained=self.trained[start:end]
+            )
+            start = end
+        return self.batch
+
+
+class Workers:
+    """Runs a preparer in this process or in several."""
+
+    def __init__(self, preparer: Preparer, pool: ProcessPoolExecutor | None, count: int) -> None:
+        self._preparer = preparer
+        self._pool = pool
+        self._window = 4 * count
+
+    def batches(self, rows: Iterable[Row], reading: Reading, source: Source) -> Iterator[Batch]:
+        """The outcomes of all rows, in their order.
+
+        Raises:
+            Ms4Error: a process was killed.
+        """
+        if self._pool is None:
+            for batch in _batched(rows):
+                yield self._preparer.batch(batch, reading, source)
+            return
+        waiting: deque[Future[_Sent]] = deque()
+        try:
+            for batch in _batched(rows):
+                waiting.append(self._pool.submit(_work, batch, reading, source))
+                if len(waiting) >= self._window:
+                    yield waiting.popleft().result().received()
+            while waiting:
+                yield waiting.popleft().result().received()
+        except BrokenProcessPool as error:
+            raise Ms4Error(
+                "a process that turns conversations into tokens was killed, for want of memory "
+                "perhaps; the same command starts again"
+            ) from error
+
+
+@contextmanager
+def started(chat: Chat, recipe: Recipe, count: int, size: int) -> Iterator[Workers]:
+    """Workers for so many bytes of data.
+
+    Args:
+        chat: the tokenizer.
+        recipe: how records become samples.
+        count: processes.
+        size: bytes of the data; little of it is done in this process.
+    """
+    global _PREPARER
+    preparer = Preparer(chat, recipe)
+    if count < 2 or size < PARALLEL_BYTES:
+        yield Workers(preparer, None, 1)
+        return
+    _PREPARER = preparer
+    pool = ProcessPoolExecutor(
+        count, mp_context=get_context("fork"), initializer=_start, initargs=(os.getpid(),)
+    )
+    try:
+        # All are forked now, before a progress bar has started a thread.
+        for future in [pool.submit(_ready) for _ in range(count)]:
+            future.result()
+        yield Workers(preparer, pool, count)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        _PREPARER = None
+
+
+def _batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    size = 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.value) if isinstance(row.value, bytes) else 1024
+        if size >= _BATCH_BYTES or len(batch) >= _BATCH_ROWS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def read_files(
+    sources: Iterable[Source],
+    workers: Workers,
+    data: DataSection,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> Iterator[FileResult]:
+    """Yield each source with its outcomes, which must be taken before the next source."""
+    for source in sources:
+        format, rows = looked_at(source, data, on_bytes)
+        reading = Reading.of(format, data)
+        batches = workers.batches(rows, reading, source)
+        yield FileResult(source, format, _checked(batches, reading))
+
+
+def looked_at(
+    source: Source, data: DataSection, on_bytes: Callable[[int], None]
+) -> tuple[Format, Iterator[Row]]:
+    """The format of a source, from its first records, and all of its rows."""
+    rows = read_rows(source, on_bytes)
+    first = list(islice(rows, LOOKED_AT))
+    return formats.detect(_parsed(first), data), chain(first, rows)
+
+
+def _parsed(rows: list[Row]) -> Iterator[Any]:
+    for row in rows:
+        try:
+            yield parse_row(row)
+        except SampleFault:
+            continue
+
+
+def _checked(batches: Iterator[Batch], reading: Reading) -> Iterator[Batch]:
+    """The batches, and a fault of the file if a field of `data.fields` is in none of them."""
+    mapped: set[FieldName] = set()
+    records = 0
+    for batch in batches:
+        mapped |= batch.mapped
+        records += len(batch.outcomes)
+        yield batch
+    missing = [name for name in reading.fields if name not in mapped]
+    if missing and records:
+        names = ", ".join(f"`{reading.fields[name]}` ({name})" for name in missing)
+        fault = f"no record has {names}, which data.fields names; correct the name or remove it"
+        yield Batch([Outcome(None, refused=fault, records=0)])

@@ -1,0 +1,274 @@
+"""Files → rows, one at a time: each is a record, or says why it is none.
+
+JSONL, JSON (a list, or objects one after another), CSV, TSV and plain text are read here, also
+compressed; tables of pyarrow and data sets of the hub in `tables.py`. A file larger than memory
+streams. Text stays unparsed: `parse_row` is for whoever reads the rows, in parallel perhaps.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+from ms4.data.faults import SampleFault
+from ms4.data.json_stream import MAX_RECORD, Unfinished, split_values
+from ms4.data.json_text import parse_json
+from ms4.data.sources import Source
+
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_COMPRESSED = {".gz", ".zst", ".zstd"}
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_TEXT_SUFFIXES = {".txt", ".md", ".text"}
+_TABLES = {".csv": ",", ".tsv": "\t"}
+_INTERRUPTED = "the compressed data ends or is damaged here: what follows is lost; copy it again"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record as a file has it."""
+
+    line: int | None
+    """Where it begins, from 1 (in tables: its number); None: a fault of the whole file."""
+    value: object = None
+    """Unparsed text, or a record."""
+    fault: str | None = None
+    """Why it is none, and what to do."""
+    records: int = 1
+    """How many records it stands for: 0 for a fault of a file, several for a damaged stretch."""
+
+
+def parse_row(row: Row) -> Any:
+    """The record of a row.
+
+    Raises:
+        SampleFault: it is none.
+    """
+    if row.fault is not None:
+        raise SampleFault(row.fault)
+    if not isinstance(row.value, bytes):
+        return row.value
+    try:
+        text = row.value.decode("utf-8-sig" if row.line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise SampleFault("not UTF-8; convert the file with `iconv`") from error
+    return parse_json(text)
+
+
+def read_rows(
+    source: Source, on_bytes: Callable[[int], None] = lambda count: None
+) -> Iterator[Row]:
+    """Yield the rows of a source; whatever is wrong is a row with a fault, never an error.
+
+    Args:
+        source: a file or a data set of the hub.
+        on_bytes: called with numbers of bytes that sum up to the file's, for a progress display.
+    """
+    if source.hub is not None:
+        from ms4.data.tables import hub_rows
+
+        yield from hub_rows(source.hub)
+        return
+    seen = False
+    try:
+        for row in _file_rows(source.path, on_bytes):
+            seen = True
+            yield row
+    except FileNotFoundError:
+        yield _of_file("no such file; correct data.train or data.test")
+    except IsADirectoryError:
+        yield _of_file("a directory; name the files in it, by a pattern perhaps")
+    except OSError as error:
+        yield _of_file(f"cannot be read ({error.strerror or error}); correct it")
+    else:
+        if not seen:
+            yield _of_file("holds no samples; remove it from the configuration")
+
+
+def _of_file(fault: str) -> Row:
+    return Row(None, None, fault, records=0)
+
+
+def _file_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Row]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = bool(suffixes) and suffixes[-1] in _COMPRESSED
+    suffix = (suffixes[-2:-1] if packed else suffixes[-1:] or [""]) or [""]
+    with path.open("rb") as file:
+        head = file.read(8)
+        file.seek(0)
+        if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) or suffix[0] in (
+            ".parquet",
+            ".arrow",
+            ".feather",
+        ):
+            from ms4.data.tables import table_rows
+
+            yield from table_rows(path, file)
+            on_bytes(path.stat().st_size)
+            return
+        if head.startswith(_UTF16):
+            yield _of_file("UTF-16; convert it to UTF-8 with `iconv -f UTF-16 -t UTF-8`")
+            return
+        stream: IO[bytes] = file
+        if head.startswith(_GZIP):
+            stream = cast(IO[bytes], gzip.GzipFile(fileobj=file))
+        elif head.startswith(_ZSTD):
+            from ms4.data.tables import zstd_stream
+
+            stream = zstd_stream(file)
+        elif packed and head:
+            yield _of_file(f"named {suffixes[-1]}, but is not compressed so; rename it")
+            return
+        done = 0
+        for number, row in enumerate(_text_rows(stream, suffix[0])):
+            yield row
+            if number % 64 == 0:
+                position = file.tell()
+                on_bytes(position - done)
+                done = position
+        on_bytes(path.stat().st_size - done)
+
+
+class _Lines:
+    """Lines of at most `MAX_RECORD` bytes, with the first ones to be looked at beforehand."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._waiting = b""
+
+    def peek(self, size: int) -> bytes:
+        """The first bytes, which will be read again."""
+        while len(self._waiting) < size and (more := self._stream.read(size - len(self._waiting))):
+            self._waiting += more
+        return self._waiting
+
+    def stream(self) -> IO[bytes]:
+        """All of it from the beginning."""
+        return io.BufferedReader(_Chained(self._waiting, self._stream), 1 << 16)
+
+
+class _Chained(io.RawIOBase):
+    def __init__(self, first: bytes, rest: IO[bytes]) -> None:
+        self._first, self._rest = first, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target: Any) -> int:
+        data, self._first = self._first[: len(target)], self._first[len(target) :]
+        data = data or self._rest.read(len(target))
+        target[: len(data)] = data
+        return len(data)
+
+
+def _text_rows(stream: IO[bytes], suffix: str) -> Iterator[Row]:
+    line = 0
+    try:
+        lines = _Lines(stream)
+        head = lines.peek(1 << 16)
+        whole = lines.stream()
+        if suffix in _TABLES:
+            rows = _table_rows(whole, _TABLES[suffix])
+        elif suffix in _TEXT_SUFFIXES:
+            rows = _plain_rows(whole)
+        elif _is_stream_of_values(head, suffix):
+            if head.startswith(b"\xef\xbb\xbf"):
+                whole.read(3)
+            rows = _value_rows(whole)
+        else:
+            rows = _line_rows(whole)
+        for row in rows:
+            line = row.line or line
+            yield row
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield Row(line + 1, None, f"{_INTERRUPTED} ({error})")
+
+
+def _is_stream_of_values(head: bytes, suffix: str) -> bool:
+    """Whether a file is a list, or an object over several lines, and not one object a line."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"["):
+        return True
+    first = text.split(b"\n", 1)[0].strip()
+    return text.startswith(b"{") and (first == b"{" or (suffix == ".json" and b"}" not in first))
+
+
+def _line_rows(stream: IO[bytes]) -> Iterator[Row]:
+    for number in itertools.count(1):
+        raw = stream.readline(MAX_RECORD + 1)
+        if not raw:
+            return
+        if len(raw) > MAX_RECORD:
+            while raw and not raw.endswith(b"\n"):
+                raw = stream.readline(MAX_RECORD)
+            yield Row(number, None, f"a line of more than {MAX_RECORD >> 20} MiB; shorten it")
+            continue
+        if raw.removeprefix(b"\xef\xbb\xbf").strip():
+            yield Row(number, raw)
+
+
+def _value_rows(stream: IO[bytes]) -> Iterator[Row]:
+    try:
+        for line, piece in split_values(stream):
+            yield Row(line, piece)
+    except Unfinished:
+        yield _of_file("ends before its list does: it may be cut off; copy it again, or add `]`")
+    except SampleFault as fault:
+        yield Row(None, None, str(fault))
+
+
+def _plain_rows(stream: IO[bytes]) -> Iterator[Row]:
+    raw = stream.read(MAX_RECORD + 1)
+    if len(raw) > MAX_RECORD:
+        yield Row(1, None, f"a text of more than {MAX_RECORD >> 20} MiB; split the file")
+        return
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        yield Row(1, None, "not UTF-8; convert the file with `iconv`")
+        return
+    if text.strip():
+        yield Row(1, {"text": text})
+
+
+def _table_rows(stream: IO[bytes], delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(MAX_RECORD)
+    # Bytes that are not UTF-8 become surrogates, so that their row, and no other, is refused.
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Row(line, None, f"not a row of the table ({error}); correct its quotes")
+            continue
+        if not cells:
+            continue
+        if any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):
+            yield Row(line, None, "not UTF-8; convert the file with `iconv`")
+        elif header is None:
+            header = [cell.strip() for cell in cells]
+            if len(set(header)) < len(header) or "" in header:
+                yield _of_file(
+                    "its first row must name the columns, each differently; add the names"
+                )
+                return
+        elif len(cells) != len(header):
+            yield Row(
+                line,
+                None,
+                f"{len(cells)} cells, but the table has {len(header)} columns; correct its quotes "
+                "or delimiters",
+            )
+        else:
+            yield Row(line, dict(zip(header, cells, strict=True)))

@@ -1,0 +1,51 @@
+"""Samples as the model sees them: control tokens by name, and what is trained marked."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ms4.data.chat import Chat, Encoded
+from ms4.errors import printable
+
+EXAMPLE_CHARACTERS = 600
+_STRETCH_CHARACTERS = 160
+
+
+def stretches(chat: Chat, encoded: Encoded) -> list[tuple[str, bool]]:
+    """The text of each run of tokens that are all trained, or all not, and which it is."""
+    changes = np.flatnonzero(np.diff(encoded.trained)) + 1
+    return [
+        (chat.decode(tokens), bool(trained[0]))
+        for tokens, trained in zip(
+            np.split(encoded.tokens, changes), np.split(encoded.trained, changes), strict=True
+        )
+    ]
+
+
+def render_example(chat: Chat, encoded: Encoded) -> str:
+    """A sample as the model sees it, control tokens by name, what is trained between ⟦ and ⟧."""
+    parts = []
+    for text, trained in stretches(chat, encoded):
+        if len(text) > _STRETCH_CHARACTERS:
+            half = _STRETCH_CHARACTERS // 2
+            text = f"{text[:half]} … {text[-half:]}"
+        parts.append(f"⟦{text}⟧" if trained else text)
+    example = "".join(parts)
+    if len(example) > EXAMPLE_CHARACTERS:
+        example = example[:EXAMPLE_CHARACTERS] + " …"
+    return example
+
+
+def render_whole(chat: Chat, encoded: Encoded, colour: bool) -> str:
+    """All of a sample; what is trained is green and bold, or else between ⟦ and ⟧. Control
+    characters of the texts become escapes."""
+    opening, closing = ("\x1b[1;32m", "\x1b[0m") if colour else ("⟦", "⟧")
+    return "".join(
+        f"{opening}{printable(text)}{closing}" if trained else printable(text)
+        for text, trained in stretches(chat, encoded)
+    )
+
+
+def count(number: int, noun: str) -> str:
+    """`1 sample`, `1,200 samples`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
