@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ms4
-from ms4 import config
+from ms4 import completion, config, settings
 from ms4.errors import Ms4Error, printable
 from ms4_wizard import costs, project, questions
 from ms4_wizard.answers_file import FaultyAnswersError, read_answers, with_settings
@@ -33,6 +33,12 @@ def _directory(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty (an unset variable?)")
     return Path(text)
+
+
+def _watch_parser() -> argparse.ArgumentParser:
+    from ms4_wizard.watch.cli import build_parser as build
+
+    return build()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,6 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--print-schema",
         action="store_true",
         help="print the JSON schema of an answers file",
+    )
+    completion.add_argument(
+        parser,
+        keys=lambda: settings.field_names(questions.Answers),
+        commands=lambda: {"watch": _watch_parser()},
     )
     return parser
 
@@ -204,13 +215,14 @@ def screens(directory: Path, settings: Sequence[str], given: bool) -> list[str] 
     from ms4_wizard.app import WizardApp
     from ms4_wizard.drafts import Store
     from ms4_wizard.flow import Flow
+    from ms4_wizard.looking import Looker
     from ms4_wizard.preferences import Preferences
 
     store = Store(directory)
     kept = store.load()
     if kept is not None and kept.draft.values == draft.values:
         kept = None  # it says nothing else
-    flow = Flow(draft, directory, opened=exists, store=store)
+    flow = Flow(draft, directory, opened=exists, store=store, looker=Looker())
     app = WizardApp(
         flow,
         welcome=not exists and not (given and settings),
@@ -240,9 +252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["watch"]:
-        from ms4_wizard import watch
+        from ms4_wizard.watch.cli import main as watch
 
-        return watch.main(words[1:])
+        return watch(words[1:])
     arguments = build_parser().parse_args(words)
     try:
         if arguments.print_schema:
