@@ -21,6 +21,8 @@ from ms4_wizard.steps import STEPS
 
 OWN = {
     "machine": "machine.MachineScreen",
+    "data": "data.DataScreen",
+    "reasoning": "reasoning.ReasoningScreen",
     "memory": "memory.MemoryScreen",
     "adapters": "adapters.AdaptersScreen",
     "training": "training.TrainingScreen",
@@ -72,6 +74,11 @@ class WizardApp(App[list[str]]):
             self.run_worker(self._look_at_the_machine, thread=True)
         last = len(STEPS) if self.flow.opened else 0
         self.push_screen(self._screen(-1 if self._welcome else last))
+
+    def on_unmount(self) -> None:
+        """Nothing goes on looking at the data."""
+        if self.flow.looker is not None:
+            self.flow.looker.cancel()
 
     def _look_at_the_machine(self) -> None:
         costs.look_at_the_machine()

@@ -130,7 +130,10 @@ class Draft:
             return True
         other = Draft({})
         other.answer(question, text)
-        same = other.get(question.field) == self.get(question.field)
+        value = self.get(question.field)
+        if question.form == "named_numbers":
+            value = {name: str(number) for name, number in value.items()}
+        same = other.get(question.field) == value
         lines = question.form in LINES
         return printable(text) == text and (same if lines else "\n" not in text)
 

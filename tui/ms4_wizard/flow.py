@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from textual.app import App
 from textual.message import Message
 
 from ms4.errors import Ms4Error, printable
 from ms4_wizard import costs, drafts, emit, suggest
 from ms4_wizard.draft import Draft
+from ms4_wizard.looking import Looker
 from ms4_wizard.questions import Answers
 from ms4_wizard.speed import Size, Speed, speed
 from ms4_wizard.steps import QUESTIONS
@@ -31,6 +34,7 @@ class Flow:
         directory: Path,
         opened: bool = False,
         store: drafts.Store | None = None,
+        looker: Looker | None = None,
     ) -> None:
         """
         Args:
@@ -38,12 +42,14 @@ class Flow:
             directory: where the project is to be written.
             opened: the directory holds a project, whose answers these are.
             store: where drafts are kept; None: nowhere.
+            looker: what looks at the data; None: it is not looked at.
         """
         self.draft = draft
         self.directory = str(directory)
         self.opened = directory.resolve() if opened else None
         """The project whose answers these are, or None."""
         self.store = store
+        self.looker = looker
         self.data: Size | None = None
         """How much training data there is, once it was looked at."""
 
@@ -124,6 +130,25 @@ class Flow:
         self.opened = directory.resolve()
         if self.store is not None:
             self.store.forget()
+
+    def look(self, app: App[Any], again: bool = False) -> None:
+        """Look at the data beside the screens, if it is named and there; the screen that is shown
+        is told what is found."""
+        answers = self.answers()
+        if self.looker is None or isinstance(answers, str) or not self.draft.get("data.train"):
+            return
+        if emit.missing_data(answers, Path.cwd()).get("data.train"):
+            return
+        looker = self.looker
+
+        def told() -> None:
+            if looker.look is not None and looker.look.state != "reading":
+                self.data = looker.look.amount
+            for screen in app.screen_stack:
+                if hasattr(screen, "look_changed") and screen.is_mounted:
+                    screen.look_changed()
+
+        looker.start(answers, told, again)
 
     def save(self) -> None:
         """Keep the draft: a terminal that is closed loses nothing."""

@@ -7,13 +7,14 @@ from ms4_wizard.questions import Answers, Question
 PAGES: dict[str, str] = {
     "run.device": "The plan is made for the device that trains. Planning on a laptop for a GPU "
     "elsewhere: choose `cuda` and give its memory on the memory screen.",
-    "data.train": "A conversation a line, as chat APIs have it: "
-    '{"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}. '
+    "data.train": "Files (JSONL, JSON, Parquet, Arrow, CSV, text; also .gz or .zst), patterns like "
+    "`sets/*.jsonl`, or data sets of the hub: `hub:owner/name@REVISION#SPLIT`. The format is told "
+    "from the records: chat messages, ShareGPT, Alpaca, prompt and completion, plain text. "
     "Thinking stands in the assistant's content as parts of type `thinking`. What the assistant "
     "says is trained; what it is told is not. Ctrl+O opens a file picker, Ctrl+E shows samples "
     "as the model sees them.",
-    "data.modality": "The pipeline trains on text. Images in the data are found and named as "
-    "faults.",
+    "data.modality": "Under `text` a sample with an image is a fault. Under `text_vision` images "
+    "go through the vision tower, which stays as it is; the text model learns from what it sees.",
     "data.reasoning": "Mistral Small 4 answers at once (`none`) or thinks first (`high`), as it is "
     "told before each conversation. Train it on what it should do under each: data without "
     "thinking under `high` teaches it not to think. A share of samples of the other kind keeps it.",
@@ -57,6 +58,9 @@ PAGES: dict[str, str] = {
     "is no loss.",
     "data.test": "The untuned and the tuned model answer these. Take them aside before training: "
     "what the model has seen says nothing. Besides the task, hold out what must not be lost.",
+    "data.holdout": "Where there is no data of its own to evaluate on. The share is chosen by the "
+    "samples' content, so a sample stays on its side when data is added, and near duplicates of "
+    "what is held out are told.",
     "evaluate.max_samples": "Each is answered by both models in both efforts: four answers a "
     "sample. 200 tell 50 % from 60 % of exact answers.",
     "evaluate.max_new_tokens": "An answer that is cut off counts as wrong. Thinking of the full "

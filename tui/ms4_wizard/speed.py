@@ -31,8 +31,6 @@ class Size:
     tokens: int
     longest: int
     """Tokens of the longest sample."""
-    kind: Literal["estimate", "measured"]
-    """Measured: all of it was encoded."""
 
     def bins(self, sequence_length: int) -> int:
         """Packed sequences of that length."""
@@ -51,7 +49,7 @@ class Speed:
     """Padding included."""
     steps: int | None
     """None: the data was not looked at."""
-    steps_kind: Literal["estimate", "measured", "given"]
+    steps_kind: Literal["estimate", "given"]
     """Given: in the answers."""
     hours: float | None
     kwh: float | None
@@ -101,9 +99,7 @@ def speed(answers: Answers, found: Cost, data: Size | None, project: Path | None
             source = gpu.name
     hours = None if steps is None or rate is None else steps * per_step / rate / 3600
     kwh = None if hours is None or gpu is None else hours * gpu.watts / 1000
-    counted: Literal["estimate", "measured", "given"] = "given"
-    if config.train.steps is None:
-        counted = "estimate" if data is None else data.kind
+    counted: Literal["estimate", "given"] = "estimate" if config.train.steps is None else "given"
     return Speed(rate, kind, source, per_step, steps, counted, hours, kwh)
 
 

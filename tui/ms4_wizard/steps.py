@@ -44,8 +44,8 @@ STEPS: tuple[Step, ...] = (
                 "data.modality",
                 "choice",
                 "What do the conversations hold?",
-                "The vision tower stays as it is.",
-                (Choice("text", "text only"),),
+                "The vision tower is not trained. Images take memory and time: most data is text.",
+                (Choice("text", "text only"), Choice("text_vision", "text and images")),
                 label="Content",
             ),
         ),
@@ -238,6 +238,12 @@ STEPS: tuple[Step, ...] = (
                 "named_lines",
                 "Held-out data",
                 "`name = path`, one a line. Never trained on; untuned and tuned are compared.",
+            ),
+            Question(
+                "data.holdout",
+                "number",
+                "Held-out share",
+                "Of the training samples, kept aside as set `holdout`. 0: none; 0.05 is usual.",
             ),
             Question(
                 "evaluate.max_samples",

@@ -125,6 +125,7 @@ class Answer(Vertical):
                 control.text = text
         elif isinstance(control, Input) and control.value != text:
             control.value = text
+            control.cursor_position = len(text)  # else what is typed next goes into its middle
 
     def _take(self, text: str) -> None:
         # Controls report what they begin with, too.
