@@ -147,3 +147,15 @@ def training(root: Path) -> float:
     )
     put(root, "logs/train.log", "train: on H200 (nvidia-smi lists it); 400 steps\n" + words)
     return this_process_runs(root, "train")
+
+
+def processes_in(root: Path) -> list[psutil.Process]:
+    """What runs in a project and has not ended."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if Path(process.cwd()) == root and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found

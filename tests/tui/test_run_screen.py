@@ -226,19 +226,8 @@ def tiny(checkpoint: Path, tmp_path: Path, demo_values: dict[str, Any]) -> Itera
     train = root / "examples/seal/train.jsonl"
     train.write_text("".join(train.read_text().splitlines(keepends=True)[:200]))
     yield root
-    for process in processes_in(root):
+    for process in runs.processes_in(root):
         process.kill()
-
-
-def processes_in(root: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if Path(process.cwd()) == root and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
 
 
 @pytest.mark.slow
@@ -271,7 +260,7 @@ def test_start_stop_go_on_leave_and_come_back(tiny: Path) -> None:
         await pilot.pause()
         await pilot.press("y")
         await until(pilot, lambda: not seen().alive and says(pilot) == "stopped", "the stop")
-        assert processes_in(tiny) == []
+        assert runs.processes_in(tiny) == []
         assert "a checkpoint is saved" in (tiny / "logs/train.log").read_text()
         (checkpoint,) = (tiny / "checkpoints").glob("step-*")
         at = int(checkpoint.name.removeprefix("step-"))
@@ -305,7 +294,7 @@ def test_start_stop_go_on_leave_and_come_back(tiny: Path) -> None:
         assert all(stage.seconds is not None for stage in screen.seen.stages)  # type: ignore[union-attr]
 
     drive(WatchApp(tiny, "local"), again, (140, 45))
-    wait_for(lambda: processes_in(tiny) == [], "the end of Snakemake")
+    wait_for(lambda: runs.processes_in(tiny) == [], "the end of Snakemake")
     lines = [json.loads(x) for x in (tiny / "results/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 151))
     assert len(Logs(tiny).sessions()) == 2
