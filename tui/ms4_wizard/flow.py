@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +96,15 @@ class Flow:
         answers = self.answers()
         return None if isinstance(answers, str) else speed(answers, found, self.data, self.opened)
 
-    def remedy(self) -> costs.Remedy | str | None:
-        """What makes a run fit that does not; a sentence if nothing does."""
+    def remedy(self) -> Callable[[], costs.Remedy | str] | None:
+        """What looks for what makes a run fit that does not, and answers a sentence if nothing
+        does: it takes up to a second, and may run in a thread. None: it fits."""
         found, answers = self.cost(), self.answers()
         if isinstance(found, str) or isinstance(answers, str) or found.fits is not False:
             return None
         longest = None if self.data is None else self.data.longest
-        return costs.remedy(answers, found, longest) or "No change of the answers makes it fit."
+        none = "No change of the answers makes it fit."
+        return lambda: costs.remedy(answers, found, longest) or none
 
     def suggestions(self) -> dict[str, suggest.Suggestion]:
         """What the training questions' answers would be by the data and the plan."""

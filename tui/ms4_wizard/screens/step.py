@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 from textual import on
@@ -39,6 +39,7 @@ class PlanScreen(Screen[None]):
         self.flow = flow
         self._remedy: Remedy | str | None = None
         self._timer: Timer | None = None
+        self._searches = 0
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer a change only where there is one."""
@@ -61,6 +62,7 @@ class PlanScreen(Screen[None]):
             panel.show(found, speed, self._remedy)
 
     def _forget_remedy(self) -> None:
+        self._searches += 1
         if self._timer is not None:
             self._timer.stop()
             self._timer = None
@@ -70,10 +72,23 @@ class PlanScreen(Screen[None]):
 
     def _look_for_remedy(self) -> None:
         self._timer = None
-        # At most some hundred plans of a fraction of a millisecond each.
-        self._remedy = self.flow.remedy()
-        self._draw(self.flow.cost())
-        self.refresh_bindings()
+        search = self.flow.remedy()
+        if search is not None:
+            self._searches += 1
+            number = self._searches
+            # Up to two thousand plans: keys are answered meanwhile.
+            self.run_worker(lambda: self._search(search, number), thread=True)
+
+    def _search(self, search: Callable[[], Remedy | str], number: int) -> None:
+        found = search()
+        self.app.call_from_thread(self._show_remedy, found, number)
+
+    def _show_remedy(self, found: Remedy | str, number: int) -> None:
+        # It belongs to the answers of its time.
+        if number == self._searches and self.is_attached:
+            self._remedy = found
+            self._draw(self.flow.cost())
+            self.refresh_bindings()
 
     def action_fit(self) -> None:
         """Take the cheapest change that makes the run fit."""
