@@ -26,6 +26,7 @@ OWN = {
     "memory": "memory.MemoryScreen",
     "adapters": "adapters.AdaptersScreen",
     "training": "training.TrainingScreen",
+    "where": "where.WhereScreen",
 }
 """Steps whose screen shows more than its questions; imported when they are needed, so that the
 first screen is there at once."""

@@ -38,6 +38,11 @@ def efforts(look: Look) -> Iterator[str]:
         yield f"{name}: {counts['samples']:,} ({share:.0%})"
 
 
+def _count(number: int, noun: str) -> str:
+    # Not that of ms4.data.render: it brings the tokenizer, which takes a second to import.
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class _Picture:
     def __init__(self, look: Look | None) -> None:
         self._look = look
@@ -94,8 +99,8 @@ class _Picture:
             )
         faults = found["fault_count"]
         if faults:
-            noun = "fault" if faults == 1 else "faults"
-            yield Text(f"{faults:,} {noun}, {found['dropped']:,} records lost:", "bold red")
+            lost = _count(found["dropped"], "record")
+            yield Text(f"{_count(faults, 'fault')}, {lost} lost:", "bold red")
             for fault in found["faults"][:5]:
                 yield Text(printable(fault), "red")
         else:

@@ -32,6 +32,7 @@ OVER = ("╳", "bold red")
 FREE = ("·", "dim")
 COMPACT_ROWS = 6
 """Components that are named on a low screen; the smallest together are `other`."""
+HIGH_ROWS = 12
 LOW = 30
 """Rows of a screen that is low."""
 
@@ -195,5 +196,5 @@ class PlanPanel(Static):
             self.update(Text(found, "yellow"))
             return
         wordy = self.app.size.height >= LOW
-        rows = 20 if wordy else COMPACT_ROWS - (fix is not None)
+        rows = HIGH_ROWS if wordy else COMPACT_ROWS - (fix is not None)
         self.update(Picture(found, speed, rows, fix, wordy))
