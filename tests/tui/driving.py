@@ -59,7 +59,7 @@ async def go_to(pilot: Pilot[Any], key: str) -> None:
         before = pilot.app.screen
         await pilot.press("ctrl+n")
         await pilot.pause()
-        assert pilot.app.screen is not before, f"Next did not go on: {shown(pilot)}"
+        assert pilot.app.screen is not before, f"Next did not go on: {screen_text(pilot)}"
 
 
 async def review(pilot: Pilot[Any]) -> ReviewScreen:
