@@ -20,8 +20,9 @@ from typing import Any
 import psutil
 
 from ms4 import config
-from ms4_wizard import cli, emit, project
-from ms4_wizard.questions import Answers, Draft
+from ms4_wizard import answers_file, emit, project
+from ms4_wizard.draft import Draft
+from ms4_wizard.questions import Answers
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RECORDS = CHECKOUT / "benchmarks/records"
@@ -30,7 +31,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "snakemake")
 
 def make_project(root: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """The demo's project as the wizard writes it, its answers changed by a function."""
-    draft = Draft.of(cli.read_answers(str(CHECKOUT / "examples/answers.yaml"), []))
+    draft = Draft.of(answers_file.read_answers(str(CHECKOUT / "examples/answers.yaml"), []))
     change(draft.values)
     answers = config.check(draft.values, "the demo's answers", model=Answers)
     files = emit.project_files(emit.relocate(answers, CHECKOUT, root))

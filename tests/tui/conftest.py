@@ -6,9 +6,36 @@ from pathlib import Path
 
 import pytest
 
+from ms4_wizard.machine import Known, Machine, Partition, Slurm
 from ms4_wizard.questions import Answers
 
 DATA = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+
+
+MACHINE = Machine(
+    cpu="AMD EPYC 9654",
+    cores=96,
+    memory_gib=755,
+    available_gib=701,
+    disk_gib=4321,
+    gpu_fault="nvidia-smi is not installed here",
+    token_in="HF_TOKEN",  # noqa: S106 - where one is, not what it is
+    slurm=Slurm(
+        (
+            Partition("gpu", True, True, 4, ("h200 × 8",), 96, 1007, "2-00:00:00", ("physics",)),
+            Partition("short", False, True, 2, ("l40s × 4",), 64, 503, "04:00:00", None),
+            Partition("cpu", False, True, 40, (), 128, 251, None, None),
+        ),
+        ("physics", "chem"),
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def _known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The screens show the same machine wherever the tests run."""
+    monkeypatch.setattr(Known, "machine", MACHINE)
+    monkeypatch.setattr(Known, "at", classmethod(lambda cls, place: cls.machine))
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import yaml
 import ms4
 from ms4 import config
 from ms4.errors import Ms4Error
-from ms4_wizard import cli, emit, project
+from ms4_wizard import answers_file, emit, project, writing
 from ms4_wizard.questions import Answers
 from tests.commands import CHECKOUT, run, snakemake
 from tests.tui.conftest import contents
@@ -24,7 +24,7 @@ DRY_RUNS = [["-n"], ["--lint"], ["--profile", "local", "-n"], ["--profile", "slu
 
 
 def write(answers: Answers, directory: Path, *, overwrite: bool = False) -> list[str]:
-    return cli.write_from_answers(answers, directory, overwrite=overwrite)
+    return writing.write_from_answers(answers, directory, overwrite=overwrite)
 
 
 # What is written.
@@ -63,7 +63,7 @@ def test_each_value_has_its_comment(place: Path, answers: Answers) -> None:
 @pytest.mark.parametrize("name", ["answers", "qlora-text"])
 def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(CHECKOUT)
-    read = cli.read_answers(f"examples/{name}.yaml", [])
+    read = answers_file.read_answers(f"examples/{name}.yaml", [])
     told = write(read, tmp_path / "project")
     assert told[-1] == "  snakemake --profile local"
     for options in DRY_RUNS:
@@ -112,7 +112,8 @@ def test_readme_has_the_projects_commands(place: Path, answers: Answers) -> None
     text = (place / "project/README.md").read_text()
     assert "snakemake --profile slurm -n " in text
     assert "ms4 resume . --profile slurm" in text
-    assert "| adapters | attention, shared; rank 8, alpha 64 |" in text
+    assert "| adapters | rank: attention 8, shared 8; alpha 64; " in text
+    assert "Here: " in (place / "project/config/config.yaml").read_text()
 
 
 def test_directories_where_links_cannot_be_made(
@@ -226,23 +227,56 @@ def test_edits_are_not_lost(place: Path, answers: Answers) -> None:
     assert "kept as you edited it: rules/train.smk" in told
     assert "written: config/config.yaml" in told
     assert train.read_text().endswith("# mine\n")
-    # Of the profile it has: that is refused, before anything is written.
+    # Of the profile it has, in other lines: both stand there.
     other = answers.model_copy(
         update={"where": answers.where.model_copy(update={"hours": 3}), "seed": 4}
     )
+    told = write(other, root)
+    assert "merged, what you edited stays: profiles/slurm/config.yaml" in told
+    text = profile.read_text()
+    assert "train:runtime=180" in text
+    assert text.endswith("# mine too\n")
+    # In the same lines: that is refused, before anything is written.
+    profile.write_text(text.replace("train:runtime=180", "train:runtime=200"))
     before = contents(root)
     with pytest.raises(Ms4Error, match=r"edited .*: profiles/slurm/config\.yaml\. .*--overwrite"):
-        write(other, root)
+        write(answers, root)
     assert contents(root) == before
-    told = write(other, root, overwrite=True)
-    assert (root / "profiles/slurm/config.yaml.bak").read_text().endswith("# mine too\n")
-    profile.write_bytes(b"# mine again \xff\n")
     write(answers, root, overwrite=True)
-    assert (root / "profiles/slurm/config.yaml.bak").read_text().endswith("# mine too\n")
+    assert "train:runtime=200" in (root / "profiles/slurm/config.yaml.bak").read_text()
+    profile.write_bytes(b"# mine again \xff\n")
+    write(other, root, overwrite=True)
+    assert "train:runtime=200" in (root / "profiles/slurm/config.yaml.bak").read_text()
     assert (root / "profiles/slurm/config.yaml.bak2").read_bytes() == b"# mine again \xff\n"
-    write(other, root)
-    assert "train:runtime=180" in profile.read_text()
+    write(answers, root)
+    assert "train:runtime=720" in profile.read_text()
     assert train.read_text().endswith("# mine\n")
+
+
+def test_comments_of_the_configuration_stay_when_answers_change(
+    place: Path, answers: Answers
+) -> None:
+    root = place / "project"
+    write(answers, root)
+    file = root / "config/config.yaml"
+    mine = file.read_text().replace("\nseed: 0\n", "\nseed: 0\n")
+    mine = mine.replace("\nadapters:\n", "\n# mine: tried 1 and 2, too\nadapters:\n")
+    file.write_text(mine + "# the end\n")
+    adapters = answers.adapters.model_copy(update={"rank": 4})
+    told = write(answers.model_copy(update={"adapters": adapters}), root)
+    assert "merged, what you edited stays: config/config.yaml" in told
+    text = file.read_text()
+    assert "# mine: tried 1 and 2, too\n" in text
+    assert text.endswith("# the end\n")
+    assert config.load(file).adapters.rank == 4
+    # A value that was edited and that new answers have, too, is no conflict; another one is.
+    file.write_text(text.replace("\nseed: 0\n", "\nseed: 9\n"))
+    with pytest.raises(project.EditedError):
+        write(answers, root)
+    told = write(answers.model_copy(update={"seed": 9}), root)
+    assert "merged, what you edited stays: config/config.yaml" in told
+    assert (config.load(file).seed, config.load(file).adapters.rank) == (9, 8)
+    assert "# mine: tried 1 and 2, too\n" in file.read_text()
 
 
 def test_a_write_that_fails_leaves_nothing(
@@ -288,13 +322,13 @@ def test_dry_run_over_a_project_says_what_would_be_done(place: Path, answers: An
     write(answers, root)
     other = answers.model_copy(update={"seed": 3})
     before = contents(root)
-    told = cli.write_from_answers(other, root, dry_run=True)
+    told = writing.write_from_answers(other, root, dry_run=True)
     assert told[1:] == ["  written: config/config.yaml"]
     assert contents(root) == before
     file = root / "config/config.yaml"
     file.write_text(file.read_text().replace("rank: 8", "rank: 16"))
     with pytest.raises(project.EditedError):
-        cli.write_from_answers(other, root, dry_run=True)
+        writing.write_from_answers(other, root, dry_run=True)
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -367,10 +401,10 @@ def test_a_killed_update_is_no_edit(
     )
     whole = project._apply
 
-    def killed(directory: Path, change: project.Change, text: str) -> None:
+    def killed(directory: Path, change: project.Change) -> None:
         if change.name == "README.md":
             raise KeyboardInterrupt
-        whole(directory, change, text)
+        whole(directory, change)
 
     with monkeypatch.context() as patch:
         patch.setattr(project, "_apply", killed)

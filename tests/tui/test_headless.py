@@ -131,7 +131,7 @@ def test_schema_says_what_an_answers_file_may_hold(place: Path) -> None:
             f"method: full\n{'data: {train: [train.jsonl]}'}",
             "method: `full`",
         ),
-        (["--dry-run", "p"], "", "--print-config go with --answers FILE"),
+        (["--dry-run", "p"], "", "--dry-run: only with --answers FILE"),
         (
             ["--answers", "-", "p", "--set", "run.memory_gib=0.1"],
             LEAST,
@@ -160,11 +160,18 @@ def test_what_does_not_fit_says_how_to_plan_for_another_machine(place: Path) -> 
     assert "run.device: cuda and run.memory_gib: 80" in err
 
 
-def test_edited_file_needs_overwrite(place: Path) -> None:
+def test_edited_file_needs_overwrite_where_the_same_line_is_new(place: Path) -> None:
     assert wizard(place, "--answers", "-", "p", typed=LEAST)[0] == 0
     file = place / "p/config/config.yaml"
     file.write_text(file.read_text() + "# mine\n")
     arguments = ["--answers", "-", "p", "--set", "seed=1"]
+    code, out, _ = wizard(place, *arguments, typed=LEAST)
+    assert code == 0
+    assert "merged, what you edited stays: config/config.yaml" in out
+    assert "\nseed: 1\n" in file.read_text()
+    assert file.read_text().endswith("# mine\n")
+    file.write_text(file.read_text().replace("\nseed: 1\n", "\nseed: 1  # too\n"))
+    arguments[-1] = "seed=2"
     code, _, err = wizard(place, *arguments, typed=LEAST)
     assert code == 2
     assert "config/config.yaml. With --overwrite" in err

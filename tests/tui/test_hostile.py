@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from ms4 import config
 from ms4.errors import Ms4Error
-from ms4_wizard import cli
+from ms4_wizard import writing
+from ms4_wizard.draft import Draft
 from ms4_wizard.project import read_project
-from ms4_wizard.questions import STEPS, Answers, Draft
+from ms4_wizard.questions import Answers
+from ms4_wizard.steps import STEPS
 from tests.commands import snakemake
 
 WORDS = (
@@ -95,7 +97,7 @@ def make(place: Path, names: list[str], source: str) -> tuple[Answers, Path]:
         }
     )
     project = place / "project"
-    cli.write_from_answers(answers, project)
+    writing.write_from_answers(answers, project)
     return answers, project
 
 
@@ -156,14 +158,14 @@ def test_snakemake_takes_them_as_they_are(place: Path) -> None:
 def test_a_job_reads_them(place: Path, checkpoint: Path) -> None:
     """The files lie in the project, so that each word stands first in its path."""
     names = sorted({word.replace("/", "∕") for word in WORDS if word.strip() and word != "~"})
-    cli.write_from_answers(
+    writing.write_from_answers(
         Answers.model_validate({"data": {"train": ["train.jsonl"]}} | GPU), Path("p")
     )
     for name in names:
         (place / "p" / name).write_text(LINE)
     values = {"model": {"source": str(checkpoint)}, "data": {"train": names}} | GPU
     os.chdir("p")
-    cli.write_from_answers(Answers.model_validate(values), Path())
+    writing.write_from_answers(Answers.model_validate(values), Path())
     answer = snakemake("--cores", "1", "results/data.json", cwd=place / "p")
     assert answer.returncode == 0, answer.stdout
     made = json.loads((place / "p/results/data.json").read_text())

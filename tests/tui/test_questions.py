@@ -9,18 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms4 import memory, spec
-from ms4.device import GIB
+from ms4 import spec
 from ms4.errors import Ms4Error
-from ms4_wizard.questions import (
-    STEPS,
-    Draft,
-    Question,
-    field_type,
-    read_setting,
-)
+from ms4_wizard.draft import Draft
+from ms4_wizard.pages import PAGES, page
+from ms4_wizard.questions import LINES, Question, field_type, read_setting
+from ms4_wizard.steps import QUESTIONS, STEPS
 
-QUESTIONS = {question.field: question for step in STEPS for question in step.questions}
 LEAST = {"data": {"train": ["a.jsonl"]}}
 
 
@@ -39,7 +34,8 @@ def accepted(field: str, value: Any) -> bool:
 
 def test_screens_in_their_order() -> None:
     assert [step.key for step in STEPS] == [
-        *("data", "modality", "reasoning", "method", "memory", "experts", "adapters", "where")
+        *("machine", "data", "modality", "reasoning", "method", "memory", "adapters"),
+        *("training", "where", "evaluation"),
     ]
     assert sum(len(step.questions) for step in STEPS) == len(QUESTIONS), "asked twice"
 
@@ -53,6 +49,10 @@ def test_question(question: Question) -> None:
     assert len(textwrap.wrap(question.advice, 42)) <= 2, "more than two lines"
     for choice in question.choices:
         assert len(choice.meaning) <= 40
+    if question.form == "number":
+        assert len(question.ask) <= 22, "it stands beside its answer"
+    assert question.field in PAGES, "nothing more to say than two lines?"
+    assert len(" ".join(text for _, text in page(question))) > 2 * len(question.advice)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_what_survives_being_typed(values: dict[str, Any], typed: bool) -> None:
     ("field", "text", "message"),
     [
         ("data.train", "", "at least 1 item"),
-        ("data.test", "no name", "`no name`: write name = path"),
+        ("data.test", "no name", "`no name`: write name = …"),
         ("data.test", "a b = c", "should match pattern"),
         ("data.test", "a = b\na = c", "`a` is given twice"),
         ("data.sequence_length", "few", "valid integer"),
@@ -196,16 +196,12 @@ def test_fault_is_at_its_question(field: str, text: str, message: str) -> None:
     assert message in faults[field]
 
 
-def test_sizes_that_the_choices_name() -> None:
-    """They are text; the planner computes the same."""
+def test_share_that_the_advice_names() -> None:
+    """It is text; the planner computes the same."""
     full = spec.Dimensions()
     share = spec.parameters_by_role(full)["experts"] / spec.PUBLISHED_PARAMETERS
-    sizes = {kind: memory.expert_bytes(full, kind) / GIB for kind in ("nf4", "bf16")}
     question = QUESTIONS["model.experts"]
     assert f"{share:.0%}".replace("%", " %") in question.advice
-    meanings = {choice.value: choice.meaning for choice in question.choices}
-    assert f"{sizes['nf4']:.1f} GiB" in meanings["nf4"]
-    assert f"{sizes['bf16']:.0f} GiB" in meanings["bf16"]
 
 
 def test_missing_and_unknown() -> None:
@@ -214,13 +210,54 @@ def test_missing_and_unknown() -> None:
     assert answers is None
     assert faults == {"": "sed: Extra inputs are not permitted"}
     answers, faults = Draft({**LEAST, "method": "full"}).check()
-    assert "does not run in this version" in faults[""]
+    assert "does not run in this version" in faults["method"]
 
 
 def test_slurm_is_asked_only_for_slurm() -> None:
     draft = Draft(LEAST)
-    slurm = [q for q in QUESTIONS.values() if q.only_if]
+    slurm = [q for q in QUESTIONS.values() if q.field.startswith("where.") and q.only_if]
     assert len(slurm) == 3
     assert not any(draft.asks(question) for question in slurm)
     draft.set("where.run", "slurm")
     assert all(draft.asks(question) for question in slurm)
+
+
+def test_a_rank_of_experts_waits_for_experts() -> None:
+    """It is asked only for them, and what was answered is not lost when they are taken away."""
+    question = QUESTIONS["adapters.expert_rank"]
+    draft = Draft(LEAST)
+    assert not draft.asks(question)
+    draft.set("adapters.targets", ["shared", "experts"])
+    assert draft.asks(question)
+    draft.answer(question, "4")
+    draft.set("adapters.targets", ["shared"])
+    answers, faults = draft.check()
+    assert answers is not None, faults
+    assert answers.adapters.expert_rank is None
+    draft.set("adapters.targets", ["experts"])
+    again, _ = draft.check()
+    assert again is not None
+    assert again.adapters.expert_rank == 4
+
+
+def test_lines_that_cannot_be_read_stay_as_they_were_typed() -> None:
+    draft = Draft(LEAST)
+    question = QUESTIONS["data.test"]
+    draft.answer(question, "a = b\nhalf a li")
+    assert draft.text(question) == "a = b\nhalf a li"
+    assert set(draft.check()[1]) == {"data.test"}
+    assert set(draft.copy().check()[1]) == {"data.test"}
+    draft.answer(question, "a = b")
+    assert draft.check()[0] is not None
+    assert {question.form for question in QUESTIONS.values()} >= set(LINES)
+
+
+def test_what_is_computed_is_not_given() -> None:
+    draft = Draft({**LEAST, "train": {"epochs": 2}})
+    assert draft.given("train.epochs")
+    assert not draft.given("train.accumulation")
+    draft.compute("train.accumulation", 4)
+    assert draft.get("train.accumulation") == 4
+    assert not draft.given("train.accumulation")
+    draft.answer(QUESTIONS["train.accumulation"], "4")
+    assert draft.given("train.accumulation")

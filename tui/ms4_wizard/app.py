@@ -2,39 +2,84 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
 
 from textual import on
-from textual.app import App
+from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.screen import Screen
 
 from ms4_wizard import costs
+from ms4_wizard.drafts import Kept
 from ms4_wizard.flow import Flow, Go
-from ms4_wizard.questions import STEPS
-from ms4_wizard.screens.review import ReviewScreen
-from ms4_wizard.screens.step import StepScreen
-from ms4_wizard.widgets.plan import PlanPanel
+from ms4_wizard.preferences import Preferences
+from ms4_wizard.screens.step import PlanScreen, StepScreen
+from ms4_wizard.steps import STEPS
+
+OWN = {
+    "machine": "machine.MachineScreen",
+    "data": "data.DataScreen",
+    "reasoning": "reasoning.ReasoningScreen",
+    "memory": "memory.MemoryScreen",
+    "adapters": "adapters.AdaptersScreen",
+    "training": "training.TrainingScreen",
+    "where": "where.WhereScreen",
+}
+"""Steps whose screen shows more than its questions; imported when they are needed, so that the
+first screen is there at once."""
 
 
 class WizardApp(App[list[str]]):
     """Asks, shows what it costs, and writes the project; returns what to say then, or None."""
 
-    ENABLE_COMMAND_PALETTE = False
+    TITLE = "ms4"
     CSS_PATH = "wizard.tcss"
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (70, "-wide")]  # noqa: RUF012 - as Textual has it
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("ctrl+q", "quit", "Quit", priority=True)]
+    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (70, "-middle"), (110, "-wide")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-low"), (30, "-high")]  # noqa: RUF012 - as Textual has them
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("ctrl+q", "quit", "Quit", priority=True),
+        Binding("ctrl+t", "toggle_theme", "Light or dark", show=False, priority=True),
+    ]
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(
+        self,
+        flow: Flow,
+        *,
+        welcome: bool = False,
+        kept: Kept | None = None,
+        preferences: Preferences | None = None,
+    ) -> None:
+        """
+        Args:
+            flow: the state of the session.
+            welcome: begin with the choice of what to begin with.
+            kept: a draft that was found: it is offered there.
+            preferences: how the screens look; None: as they come, and not kept.
+        """
         super().__init__()
         self.flow = flow
+        self._welcome = welcome or kept is not None
+        self._kept = kept
+        self._preferences = preferences
 
     def on_mount(self) -> None:
         """A new project begins with the first question, one that exists with all its answers.
 
         The first frame does not wait for nvidia-smi."""
+        if self._preferences is not None:
+            self.theme = self._preferences.theme()
         if not costs.machine_is_known():
             self.run_worker(self._look_at_the_machine, thread=True)
-        self.push_screen(ReviewScreen(self.flow) if self.flow.opened else StepScreen(self.flow, 0))
+        last = len(STEPS) if self.flow.opened else 0
+        self.push_screen(self._screen(-1 if self._welcome else last))
+
+    def on_unmount(self) -> None:
+        """Nothing goes on looking at the data."""
+        if self.flow.looker is not None:
+            self.flow.looker.cancel()
 
     def _look_at_the_machine(self) -> None:
         costs.look_at_the_machine()
@@ -42,11 +87,65 @@ class WizardApp(App[list[str]]):
 
     def _show_the_plan(self) -> None:
         # The answer may be there before the screen is: that will find the machine known.
-        for panel in self.screen.query(PlanPanel):
-            panel.show(self.flow.cost())
+        screen = self.screen
+        if isinstance(screen, PlanScreen) and screen.is_mounted:
+            screen.machine_found()
+
+    def _screen(self, number: int) -> Screen[Any]:
+        if number < 0:
+            from ms4_wizard.screens.welcome import WelcomeScreen
+
+            return WelcomeScreen(self.flow, self._kept)
+        if number >= len(STEPS):
+            from ms4_wizard.screens.review import ReviewScreen
+
+            return ReviewScreen(self.flow)
+        key = STEPS[number].key
+        if key not in OWN:
+            return StepScreen(self.flow, number)
+        module, _, name = OWN[key].partition(".")
+        kind = getattr(import_module(f"ms4_wizard.screens.{module}"), name)
+        screen: Screen[Any] = kind(self.flow, number)
+        return screen
 
     @on(Go)
     def _go(self, event: Go) -> None:
-        last = event.number >= len(STEPS)
-        screen = ReviewScreen(self.flow) if last else StepScreen(self.flow, event.number)
-        self.switch_screen(screen)
+        self.go(event.number)
+
+    def go(self, number: int) -> None:
+        """Show a step, the review (after the last) or the welcome (before the first)."""
+        while len(self.screen_stack) > 2:  # help, or another screen over a step
+            self.pop_screen()
+        self.switch_screen(self._screen(number))
+
+    def action_toggle_theme(self) -> None:
+        """Light or dark; it stays so the next time."""
+        self.theme = "textual-light" if self.current_theme.dark else "textual-dark"
+        if self._preferences is not None:
+            self._preferences.save(self.theme)
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """What the command palette offers."""
+        for number, step in enumerate(STEPS):
+            yield SystemCommand(
+                f"Go to: {step.title}", f"Screen {number + 1}", lambda n=number: self.go(n)
+            )
+        yield SystemCommand("Go to: Review", "All answers", lambda: self.go(len(STEPS)))
+        yield SystemCommand("Go to: Welcome", "Another project", lambda: self.go(-1))
+        yield SystemCommand("Light or dark", "Change the colours (Ctrl+T)", self._toggle)
+        yield SystemCommand("Quit", "Leave; the answers stay as a draft (Ctrl+Q)", self._leave)
+        if self.flow.opened is not None:
+            yield SystemCommand("Watch the run", "Stages, loss and memory", self._watch)
+
+    def _toggle(self) -> None:
+        self.action_toggle_theme()
+
+    def _leave(self) -> None:
+        self.exit()
+
+    def _watch(self) -> None:
+        from ms4_wizard.screens.run import RunScreen
+
+        directory = self.flow.opened or Path(self.flow.directory)
+        profile = str(self.flow.draft.get("where.run"))
+        self.push_screen(RunScreen(directory, start=False, profile=profile))

@@ -1,24 +1,32 @@
-"""The command `ms4-wizard`: screens on a terminal, or the same from a file of answers.
-
-Exit codes: 0 done, 1 left without writing (or a bug: traceback), 2 something that the user can
-mend (one message), 130 interrupted.
-"""
+"""The command `ms4-wizard`: screens on a terminal, or the same from a file of answers."""
 
 from __future__ import annotations
 
 import argparse
-import shlex
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import ms4
-from ms4 import config, yaml_text
+from ms4 import completion, config, settings
 from ms4.errors import Ms4Error, printable
-from ms4_wizard import costs, emit, project, questions
-from ms4_wizard.questions import Answers, Draft
+from ms4_wizard import costs, project, questions
+from ms4_wizard.answers_file import FaultyAnswersError, read_answers, with_settings
+from ms4_wizard.draft import Draft
+from ms4_wizard.questions import Answers
+from ms4_wizard.writing import write_from_answers
 
 DEFAULT_DIRECTORY = Path("ms4-project")
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    the screens were left without writing a project (or a bug: with a traceback)
+  2    something to mend: the command line, the answers, the data, the directory, or a run that
+       does not fit; nothing was written
+  130  interrupted
+"""
 
 
 def _directory(text: str) -> Path:
@@ -27,13 +35,21 @@ def _directory(text: str) -> Path:
     return Path(text)
 
 
+def _watch_parser() -> argparse.ArgumentParser:
+    from ms4_wizard.watch.cli import build_parser as build
+
+    return build()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="ms4-wizard",
-        description="Write a project that fine-tunes Mistral Small 4: answer questions on screens, "
-        "or give the answers in a file. Relative paths in answers are relative to the current "
-        "directory.",
+        description="Write a project that fine-tunes Mistral Small 4: answer questions on "
+        "screens,\nor give the answers in a file. Relative paths in answers are relative to "
+        "the current\ndirectory. `ms4-wizard watch DIR` shows how a project's run goes.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ms4 {ms4.__version__}")
     parser.add_argument(
@@ -66,6 +82,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --answers: replace files of the project that were edited (kept as NAME.bak)",
     )
     parser.add_argument(
+        "--json",
+        action="store_true",
+        help="with --answers: print one JSON object for programs, also of what is wrong",
+    )
+    parser.add_argument(
         "--print-config",
         action="store_true",
         help="with --answers: print the configuration, with paths as they are, and write nothing",
@@ -75,58 +96,140 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print the JSON schema of an answers file",
     )
+    completion.add_argument(
+        parser,
+        keys=lambda: settings.field_names(questions.Answers),
+        commands=lambda: {"watch": _watch_parser()},
+    )
     return parser
 
 
-def read_answers(name: str, settings: Sequence[str]) -> Answers:
-    """The answers of a file, with settings over them.
+# Without screens.
+
+
+def headless(arguments: argparse.Namespace, directory: Path) -> None:
+    """Write the project of an answers file, or say what would be written.
 
     Raises:
-        Ms4Error: the file or a setting is wrong; all faults of the file are named together.
+        Ms4Error: the answers are wrong, or the project cannot be written.
     """
-    where = "standard input" if name == "-" else name
-    try:
-        if name == "-" and sys.stdin is None:
-            raise Ms4Error("standard input is closed.")
-        text = sys.stdin.read() if name == "-" else yaml_text.read(Path(name), "answers file")
-    except UnicodeDecodeError as error:
-        raise Ms4Error(f"{where}: cannot be read ({error}).") from error
-    values, root = yaml_text.parse(text, where)
-    draft = _with_settings(Draft(values), settings)
-    return config.check(draft.values, where, root, Answers)
-
-
-def _with_settings(draft: Draft, settings: Sequence[str]) -> Draft:
-    for setting in settings:
-        draft.set(*questions.read_setting(setting))
-    return draft
-
-
-def write_from_answers(
-    answers: Answers, directory: Path, *, dry_run: bool = False, overwrite: bool = False
-) -> list[str]:
-    """Write the project of the answers (or say what would be written); returns what to print.
-
-    Raises:
-        Ms4Error: it cannot fit, data are missing, or the directory holds something else.
-    """
-    project.read_note(directory)  # before anything else: whether it can be written there
-    emit.check_data(answers, Path.cwd())
-    refused = costs.refusal(answers, costs.cost(answers))
-    if refused is not None:
-        raise refused
-    files = emit.project_files(emit.relocate(answers, Path.cwd(), directory))
-    told = project.write_project(
-        directory, files, answers.where, overwrite=overwrite, dry_run=dry_run
+    answers = read_answers(arguments.answers, arguments.set)
+    if arguments.print_config:
+        sys.stdout.write(config.dump(answers.configuration()))
+        return
+    found = costs.cost(answers)
+    if not arguments.json:
+        costs.show(found)
+    told = write_from_answers(
+        answers, directory, dry_run=arguments.dry_run, overwrite=arguments.overwrite
     )
-    if dry_run:
-        return [f"This would be done in {directory}:", *(f"  {line}" for line in told)]
-    return [
-        *told,
-        f"The project is in {directory}. Next:",
-        f"  cd {shlex.quote(str(directory) if directory.is_absolute() else f'./{directory}')}",
-        f"  snakemake --profile {answers.where.run}",
-    ]
+    if arguments.json:
+        print(json.dumps(_report(answers, directory, found, told, arguments.dry_run), indent=2))
+    else:
+        print(printable("\n".join(["", *told])))
+
+
+def _report(
+    answers: Answers, directory: Path, found: costs.Cost, told: list[str], dry_run: bool
+) -> dict[str, Any]:
+    """What was done, for programs."""
+    from ms4_wizard import writing
+    from ms4_wizard.speed import speed
+
+    took = speed(answers, found, None)
+    return {
+        "ok": True,
+        "exit_code": 0,
+        "directory": str(directory),
+        "written": not dry_run,
+        "files": [line.strip() for line in told[1:]] if dry_run else sorted(_listed(directory)),
+        "next": writing.next_commands(answers, directory),
+        "plan": {
+            "device": found.kind,
+            "components": dict(found.plan.components),
+            "peak_bytes": found.plan.peak,
+            "budget_bytes": found.budget,
+            "fits": found.fits,
+            "host_bytes": found.plan.host,
+            "disk_bytes": found.plan.disk,
+            "checkpointing": found.config.train.checkpointing,
+        },
+        "speed": {
+            "kind": took.kind,
+            "source": took.source,
+            "tokens_per_s": took.tokens_per_s,
+            "tokens_per_step": took.tokens_per_step,
+            "steps": took.steps,
+            "hours": took.hours,
+            "kwh": took.kwh,
+        },
+        "answers": answers.model_dump(mode="json"),
+    }
+
+
+def _listed(directory: Path) -> list[str]:
+    note = project.read_note(directory)
+    return [] if note is None else list(note.files)
+
+
+def _refusal(error: Ms4Error) -> dict[str, Any]:
+    """What is wrong, for programs."""
+    faulty = isinstance(error, FaultyAnswersError)
+    return {
+        "ok": False,
+        "exit_code": 2,
+        "error": str(error),
+        "missing": error.missing if isinstance(error, FaultyAnswersError) else [],
+        "faults": error.faults if isinstance(error, FaultyAnswersError) else [],
+        "kind": "answers"
+        if faulty
+        else "edited"
+        if isinstance(error, project.EditedError)
+        else "other",
+    }
+
+
+# With screens.
+
+
+def screens(directory: Path, settings: Sequence[str], given: bool) -> list[str] | None:
+    """Show the screens; what to say then, or None if nothing was written.
+
+    Args:
+        directory: of the project.
+        settings: `key=value` over what the project says.
+        given: the directory was named on the command line.
+
+    Raises:
+        Ms4Error: there is no terminal, or the directory holds something else.
+    """
+    if not all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
+        raise Ms4Error(
+            "there is no terminal for the screens. Give the answers in a file: "
+            "ms4-wizard --answers FILE DIR (--print-schema says what it may hold)."
+        )
+    exists = project.read_note(directory) is not None
+    draft = Draft.of(project.read_project(directory)) if exists else Draft({})
+    draft = with_settings(draft, settings)
+    # Textual is imported for the screens only.
+    from ms4_wizard.app import WizardApp
+    from ms4_wizard.drafts import Store
+    from ms4_wizard.flow import Flow
+    from ms4_wizard.looking import Looker
+    from ms4_wizard.preferences import Preferences
+
+    store = Store(directory)
+    kept = store.load()
+    if kept is not None and kept.draft.values == draft.values:
+        kept = None  # it says nothing else
+    flow = Flow(draft, directory, opened=exists, store=store, looker=Looker())
+    app = WizardApp(
+        flow,
+        welcome=not exists and not (given and settings),
+        kept=kept,
+        preferences=Preferences(),
+    )
+    return app.run()
 
 
 def _has_a_current_directory() -> bool:
@@ -137,51 +240,44 @@ def _has_a_current_directory() -> bool:
     return True
 
 
+def _only_with_answers(arguments: argparse.Namespace) -> None:
+    if arguments.answers is None:
+        names = ("dry_run", "overwrite", "json", "print_config")
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
+        if given:
+            raise Ms4Error(f"{', '.join(given)}: only with --answers FILE.")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["watch"]:
+        from ms4_wizard.watch.cli import main as watch
+
+        return watch(words[1:])
+    arguments = build_parser().parse_args(words)
     try:
         if arguments.print_schema:
             sys.stdout.write(questions.schema())
             return 0
+        _only_with_answers(arguments)
         directory = arguments.directory or DEFAULT_DIRECTORY
         if arguments.answers is not None:
-            answers = read_answers(arguments.answers, arguments.set)
-            if arguments.print_config:
-                sys.stdout.write(config.dump(answers.configuration()))
-                return 0
-            costs.show(costs.cost(answers))
-            told = write_from_answers(
-                answers, directory, dry_run=arguments.dry_run, overwrite=arguments.overwrite
-            )
-            print(printable("\n".join(["", *told])))
+            headless(arguments, directory)
             return 0
-        if arguments.dry_run or arguments.overwrite or arguments.print_config:
-            raise Ms4Error("--dry-run, --overwrite and --print-config go with --answers FILE.")
-        if not all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout)):
-            raise Ms4Error(
-                "there is no terminal for the screens. Give the answers in a file: "
-                "ms4-wizard --answers FILE DIR (--print-schema says what it may hold)."
-            )
-        exists = project.read_note(directory) is not None
-        draft = Draft.of(project.read_project(directory)) if exists else Draft({})
-        draft = _with_settings(draft, arguments.set)
-        # Textual is imported for the screens only.
-        from ms4_wizard.app import WizardApp
-        from ms4_wizard.flow import Flow
-
-        written = WizardApp(Flow(draft, directory, write_from_answers, opened=exists)).run()
-        if written is None:
+        told = screens(directory, arguments.set, arguments.directory is not None)
+        if told is None:
             print("Nothing was written.")
             return 1
-        print(printable("\n".join(written)))
+        print(printable("\n".join(told)))
     except FileNotFoundError as error:
         if _has_a_current_directory():
             raise
         print(f"ms4-wizard: the current directory is gone ({error.strerror}).", file=sys.stderr)
         return 2
     except Ms4Error as error:
+        if arguments.json:
+            print(json.dumps(_refusal(error), indent=2))
         print(printable(f"ms4-wizard: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,12 +1,13 @@
-"""What the answers cost: the memory plan of the run, on the device that will train."""
+"""What the answers cost: memory on the device that will train, and what would make it fit."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
 from threading import Event
+from typing import Any
 
-from ms4 import fitting, plan
+from ms4 import fitting, plan, spec
 from ms4.config import RunConfig
 from ms4.device import GIB, Device, DeviceKind, find_device
 from ms4.errors import Ms4Error
@@ -23,6 +24,9 @@ class Cost:
     """The device and why it is this one, in words."""
     budget: int | None
     """Bytes; None if nobody knows: a GPU of the cluster, of which nothing was said."""
+    config: RunConfig
+    """What was planned: with a checkpointing policy in the place of `auto`."""
+    dims: spec.Dimensions
 
     @property
     def fits(self) -> bool | None:
@@ -77,9 +81,80 @@ def cost(answers: Answers) -> Cost:
         kind, name = found.kind, f"{found.name} ({found.reason})"
         budget = found.free if budget is None else budget
     dims = plan.dimensions(configuration)
+    return _planned(configuration, dims, kind, name, budget)
+
+
+def _planned(
+    configuration: RunConfig, dims: spec.Dimensions, kind: DeviceKind, name: str, budget: int | None
+) -> Cost:
     policy = plan.choose_checkpointing(configuration, dims, kind, budget)
     configuration = fitting.changed(configuration, "train", checkpointing=policy)
-    return Cost(plan.plan(configuration, dims, kind), kind, name, budget)
+    return Cost(plan.plan(configuration, dims, kind), kind, name, budget, configuration, dims)
+
+
+def standing(answers: Answers) -> Cost:
+    """The plan by the answers alone, whatever this machine is: on a GPU unless they name a CPU.
+
+    Raises:
+        Ms4Error: the model is not to be found.
+    """
+    kind: DeviceKind = "cpu" if answers.run.device == "cpu" else "cuda"
+    memory = answers.run.memory_gib
+    configuration = answers.configuration()
+    budget = None if memory is None else int(memory * GIB)
+    name = "a CPU" if kind == "cpu" else "a GPU"
+    return _planned(configuration, plan.dimensions(configuration), kind, name, budget)
+
+
+def storages(answers: Answers, found: Cost) -> dict[str, Cost]:
+    """The plan with the experts held in each way, the rest as it is."""
+    configuration = answers.configuration()
+    return {
+        experts: _planned(
+            fitting.changed(configuration, "model", experts=experts),
+            found.dims,
+            found.kind,
+            found.device,
+            found.budget,
+        )
+        for experts in ("nf4", "fp8", "bf16")
+    }
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """The cheapest change of the answers that makes a run fit."""
+
+    values: dict[str, Any]
+    """Field → its new value."""
+    told: str
+    """The change and its price, in words."""
+    peak: int
+    """Bytes, with it."""
+
+
+def remedy(answers: Answers, found: Cost, longest: int | None = None) -> Remedy | None:
+    """What to change if it does not fit: it takes up to a second. None: it fits, or nothing helps.
+
+    Args:
+        answers: the answers.
+        found: their cost.
+        longest: tokens of the longest sample, if that is known: sequences stay as long.
+    """
+    if found.budget is None or found.fits:
+        return None
+    length = answers.data.sequence_length if longest is None else longest
+    offers = fitting.proposals(found.config, found.dims, found.kind, length, found.budget)
+    if not offers:
+        return None
+    before, after = found.config.model_dump(mode="json"), offers[0].config.model_dump(mode="json")
+    values = {
+        f"{section}.{name}": value
+        for section in ("model", "data", "adapters", "train")
+        for name, value in after[section].items()
+        if value != before[section][name]
+    }
+    return Remedy(values, " and ".join(offers[0].changes), offers[0].plan.peak)
 
 
 def refusal(answers: Answers, found: Cost) -> Ms4Error | None:

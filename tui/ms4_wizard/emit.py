@@ -9,11 +9,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import ms4
 from ms4 import config
 from ms4.data import sources
 from ms4.errors import Ms4Error
 from ms4.pipeline_files import pipeline_directory
+from ms4_wizard import costs, explain, readme
+from ms4_wizard.costs import Cost
 from ms4_wizard.questions import Answers
 
 CONFIG = "config/config.yaml"
@@ -114,16 +115,23 @@ def check_data(answers: Answers, base: Path) -> None:
         raise Ms4Error("\n".join([*lines, f"Relative paths are relative to {base}."]))
 
 
-def project_files(answers: Answers) -> dict[str, str]:
-    """The files of the project of these answers (whose paths are relative to it): path → text."""
+def project_files(answers: Answers, found: Cost | None = None) -> dict[str, str]:
+    """The files of the project of these answers (whose paths are relative to it): path → text.
+
+    Args:
+        answers: with paths relative to the project.
+        found: their plan, as `costs.standing` makes it of them; None: it is made here, where a
+            local model must be found from the current directory.
+    """
+    found = costs.standing(answers) if found is None else found
     pipeline = pipeline_directory()
     names = [Path("Snakefile"), *(f.relative_to(pipeline) for f in pipeline.glob("rules/*.smk"))]
     names += [f.relative_to(pipeline) for f in pipeline.glob("profiles/*/config.yaml")]
     files = {str(name): (pipeline / name).read_text(encoding="utf-8") for name in sorted(names)}
     files[SLURM] = _slurm_profile(files[SLURM], answers)
-    files[CONFIG] = config.dump(answers.configuration())
+    files[CONFIG] = config.dump(answers.configuration(), explain.notes(answers, found))
     files["config/schema.json"] = config.json_schema()
-    files["README.md"] = _readme(answers)
+    files["README.md"] = readme.readme(answers, found)
     files[".gitignore"] = "".join(f"/{name}\n" for name in IGNORED)
     return files
 
@@ -146,62 +154,3 @@ def _slurm_profile(text: str, answers: Answers) -> str:
         lines[first:last] = [f"{key}:", *(f"  - {entry}" for entry in entries)]
         text = "\n".join(lines) + "\n"
     return text
-
-
-def _readme(answers: Answers) -> str:
-    """The project's README: its commands, and what was chosen (no free text: that is in YAML)."""
-    profile = answers.where.run
-    adapters, train = answers.adapters, answers.train
-    length = (
-        f"{train.steps} steps"
-        if train.steps is not None
-        else f"{train.epochs:g} {'pass' if train.epochs == 1 else 'passes'} over the data"
-    )
-    rows = {
-        "method": f"{answers.method}, experts in {answers.model.experts}",
-        "adapters": f"{', '.join(adapters.presets)}; rank {adapters.rank}, "
-        f"alpha {adapters.alpha:g}",
-        "reasoning": answers.data.reasoning,
-        "sequence length": f"{answers.data.sequence_length} tokens",
-        "training": f"{length}, {train.micro_batch} × {train.accumulation} sequences a step, "
-        f"learning rate {train.learning_rate:g}",
-        "held-out sets": ", ".join(answers.data.test) or "none",
-    }
-    table = "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-    start = {
-        "local": "All stages run on this machine.",
-        "slurm": "Each stage is a Slurm job. Start it on a login node, in tmux or screen; "
-        "the cluster's names are in `profiles/slurm/config.yaml`.",
-    }[profile]
-    return f"""# A fine-tuning of Mistral Small 4
-
-Written by `ms4-wizard`, ms4 {ms4.__version__}. All of it may be edited and committed.
-
-```sh
-snakemake --profile {profile} -n    # what would run
-snakemake --profile {profile}       # from the weights to the report
-ms4 summary                     # untuned against tuned, and where the report is
-```
-
-{start} Whatever breaks, the same command goes on from where it was. If Snakemake itself was \
-killed: `ms4 resume . --profile {profile}`.
-
-## What was chosen
-
-| | |
-|---|---|
-{table}
-Every setting, with its meaning, is in `config/config.yaml`. Change it there, or answer the \
-questions again with `ms4-wizard .`; only the stages that depend on a change run again.
-
-## What appears here
-
-| | |
-|---|---|
-| `weights/` | the weights as fetched, and the base that is trained on |
-| `data/packed/` | the data as tokens |
-| `checkpoints/` | the training's state, for going on after a kill |
-| `results/adapter/` | the adapter, which loads with PEFT |
-| `results/report/report.html` | curves, tables and a record of everything that went in |
-| `logs/` | what each stage printed |
-"""

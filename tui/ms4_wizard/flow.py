@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+from textual.app import App
 from textual.message import Message
 
 from ms4.errors import Ms4Error, printable
-from ms4_wizard import costs, emit
-from ms4_wizard.questions import Answers, Draft
-
-
-class Writer(Protocol):
-    """Writes the project of the answers and returns what to say then; raises Ms4Error."""
-
-    def __call__(
-        self, answers: Answers, directory: Path, *, overwrite: bool = False
-    ) -> list[str]: ...
+from ms4_wizard import costs, drafts, emit, suggest
+from ms4_wizard.draft import Draft
+from ms4_wizard.looking import Looker
+from ms4_wizard.questions import Answers
+from ms4_wizard.speed import Size, Speed, speed
+from ms4_wizard.steps import QUESTIONS
 
 
 class Go(Message):
@@ -35,21 +33,26 @@ class Flow:
         self,
         draft: Draft,
         directory: Path,
-        write: Writer,
         opened: bool = False,
+        store: drafts.Store | None = None,
+        looker: Looker | None = None,
     ) -> None:
         """
         Args:
             draft: the answers so far.
             directory: where the project is to be written.
-            write: writes the project.
             opened: the directory holds a project, whose answers these are.
+            store: where drafts are kept; None: nowhere.
+            looker: what looks at the data; None: it is not looked at.
         """
         self.draft = draft
         self.directory = str(directory)
-        self.write = write
         self.opened = directory.resolve() if opened else None
         """The project whose answers these are, or None."""
+        self.store = store
+        self.looker = looker
+        self.data: Size | None = None
+        """How much training data there is, once it was looked at."""
 
     def faults(self, files: bool = False) -> dict[str, str]:
         """What is wrong, by field; with `files`, data files that are not there too."""
@@ -63,18 +66,94 @@ class Flow:
         faults = self.faults(files=True)
         return "\n".join(f"{field}: {x}" if field else x for field, x in faults.items())
 
+    def answers(self) -> Answers | str:
+        """The answers as far as a plan needs them, or what is wrong with them."""
+        draft = self.draft
+        if not draft.get("data.train"):
+            draft = draft.copy()
+            draft.set("data.train", ["-"])
+        answers, faults = draft.check()
+        if answers is not None:
+            return answers
+        field, message = next(iter(faults.items()))
+        asked = QUESTIONS[field].name if field in QUESTIONS else field
+        return printable(f"No plan yet. {asked + ': ' if asked else ''}{message}")
+
     def cost(self) -> costs.Cost | str:
         """The plan, or why there is none. It is made before the data are named, too."""
         if not costs.machine_is_known():
             return "Looking at the machine…"
-        draft = Draft(self.draft.values)
-        if not draft.get("data.train"):
-            draft.set("data.train", ["-"])
-        answers, faults = draft.check()
-        if answers is None:
-            field, message = next(iter(faults.items()))
-            return printable(f"No plan yet. {field + ': ' if field else ''}{message}")
+        answers = self.answers()
+        if isinstance(answers, str):
+            return answers
         try:
             return costs.cost(answers)
         except Ms4Error as error:
             return printable(f"No plan: {error}")
+
+    def speed(self, found: costs.Cost) -> Speed | None:
+        """What the run takes in time and energy."""
+        answers = self.answers()
+        return None if isinstance(answers, str) else speed(answers, found, self.data, self.opened)
+
+    def remedy(self) -> Callable[[], costs.Remedy | str] | None:
+        """What looks for what makes a run fit that does not, and answers a sentence if nothing
+        does: it takes up to a second, and may run in a thread. None: it fits."""
+        found, answers = self.cost(), self.answers()
+        if isinstance(found, str) or isinstance(answers, str) or found.fits is not False:
+            return None
+        longest = None if self.data is None else self.data.longest
+        none = "No change of the answers makes it fit."
+        return lambda: costs.remedy(answers, found, longest) or none
+
+    def suggestions(self) -> dict[str, suggest.Suggestion]:
+        """What the training questions' answers would be by the data and the plan."""
+        found, answers = self.cost(), self.answers()
+        if isinstance(answers, str):
+            return {}
+        return suggest.suggestions(answers, self.data, None if isinstance(found, str) else found)
+
+    def compute(self) -> None:
+        """Give the questions that nobody answered what follows from the other answers."""
+        for _ in range(2):  # the size of a step follows from the length of a sequence
+            for field, suggestion in self.suggestions().items():
+                if not self.draft.given(field):
+                    self.draft.compute(field, suggestion.value)
+
+    def begin(self, draft: Draft, directory: Path, opened: bool) -> None:
+        """Begin with other answers, for another directory."""
+        self.draft = draft
+        self.directory = str(directory)
+        self.opened = directory.resolve() if opened else None
+        if self.store is not None:
+            self.store = self.store.of(directory)
+
+    def written(self, directory: Path) -> None:
+        """The project was written: no draft is left, and it is the one that is open."""
+        self.opened = directory.resolve()
+        if self.store is not None:
+            self.store.forget()
+
+    def look(self, app: App[Any], again: bool = False) -> None:
+        """Look at the data beside the screens, if it is named and there; the screen that is shown
+        is told what is found."""
+        answers = self.answers()
+        if self.looker is None or isinstance(answers, str) or not self.draft.get("data.train"):
+            return
+        if emit.missing_data(answers, Path.cwd()).get("data.train"):
+            return
+        looker = self.looker
+
+        def told() -> None:
+            if looker.look is not None and looker.look.state != "reading":
+                self.data = looker.look.amount
+            for screen in app.screen_stack:
+                if hasattr(screen, "look_changed") and screen.is_mounted:
+                    screen.look_changed()
+
+        looker.start(answers, told, again)
+
+    def save(self) -> None:
+        """Keep the draft: a terminal that is closed loses nothing."""
+        if self.store is not None:
+            self.store.save(self.draft, self.directory)

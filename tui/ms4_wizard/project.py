@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from difflib import unified_diff
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +20,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 import ms4
-from ms4 import config
+from ms4 import config, yaml_text
 from ms4.errors import Ms4Error
 from ms4.manifest import read_json, write_json, write_text
 from ms4.pipeline_files import PROJECT
 from ms4_wizard.emit import CONFIG, SLURM, relocate
+from ms4_wizard.merge import merge
 from ms4_wizard.questions import Answers, Where
 
 LINKS = {"local": "profiles/local", "slurm": "profiles/slurm"}
@@ -48,6 +50,8 @@ class Note:
     """SHA-256 of each file as it was written."""
     pending: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each file as it is being written: after a kill, they are known as ours, too."""
+    answers: dict[str, Any] = field(default_factory=dict)
+    """The configuration that was written: what was edited since can be told from it."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,26 @@ class Change:
     """What writing does to a file."""
 
     name: str
-    what: Literal["written", "kept", "replaced"]
-    """Written: ms4's own file; kept: edited, and ms4 has nothing new for it; replaced: edited."""
+    what: Literal["written", "kept", "merged", "replaced"]
+    """Written: ms4's own file; kept: edited, and ms4 has nothing new for it; merged: edited, and
+    what is new goes in beside that; replaced: edited in the same lines."""
+    before: str
+    after: str
+
+    def diff(self) -> str:
+        """What changes, as a unified diff; empty if nothing does."""
+        old, new = (text.splitlines(keepends=True) for text in (self.before, self.after))
+        name = self.name if self.before else "/dev/null"
+        return "".join(
+            line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n"
+            for line in unified_diff(old, new, name, self.name)
+        )
 
     def __str__(self) -> str:
         told = {
             "written": "written",
             "kept": "kept as you edited it",
+            "merged": "merged, what you edited stays",
             "replaced": "replaced, and what you edited kept beside it as a .bak",
         }
         return f"{told[self.what]}: {self.name}"
@@ -142,6 +159,8 @@ def write_project(
     files: Files,
     where: Where,
     *,
+    configuration: config.RunConfig | None = None,
+    base: Files | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> list[str]:
@@ -151,6 +170,9 @@ def write_project(
         directory: new, empty, or a project.
         files: as `emit.project_files` makes them.
         where: the section of the answers that the files do not hold.
+        configuration: what the files say, for the note.
+        base: the files as they were made of the answers in the note: what was edited since is
+            merged with what is new.
         overwrite: replace what was edited; it stays beside the new file as `NAME.bak`.
         dry_run: only say what would be done.
 
@@ -162,53 +184,98 @@ def write_project(
         Ms4Error: the directory holds something else, or cannot be written.
     """
     note = read_note(directory)
-    directory = directory.resolve()
-    try:
-        if note is None:
-            if not dry_run:
-                _write_new(directory, files, where)
-                return []
-            links = [f"{name} -> {target}" for name, target in LINKS.items()]
-            return sorted([*files, *links, str(PROJECT)])
-        files = {**files, **_copies(directory, files, make=not dry_run)}
-        found = list(changes(directory, files, note))
-        replaced = [change.name for change in found if change.what == "replaced"]
-        if replaced and not overwrite:
-            raise EditedError(
-                f"{directory}: these files were edited since the wizard wrote them, and would be "
-                f"replaced: {', '.join(replaced)}. With --overwrite they are, and what you edited "
-                "is kept beside them as NAME.bak."
-            )
+    if note is None:
         if not dry_run:
+            try:
+                _write_new(directory.resolve(), files, where, configuration)
+            except OSError as error:
+                raise _unusable(directory, error) from error
+            return []
+        links = [f"{name} -> {target}" for name, target in LINKS.items()]
+        return sorted([*files, *links, str(PROJECT)])
+    found = preview(directory, files, base)
+    directory = directory.resolve()
+    replaced = [change.name for change in found if change.what == "replaced"]
+    if replaced and not overwrite:
+        raise EditedError(
+            f"{directory}: these files were edited since the wizard wrote them, and would be "
+            f"replaced: {', '.join(replaced)}. With --overwrite they are, and what you edited "
+            "is kept beside them as NAME.bak."
+        )
+    try:
+        if not dry_run:
+            files = {**files, **_copies(directory, files)}
             write_json(directory / PROJECT, asdict(replace(note, pending=_hashes(files))))
             for change in found:
-                _apply(directory, change, files[change.name])
-            _finish(directory, files, where)
+                _apply(directory, change)
+            _finish(directory, files, where, configuration)
         return [str(change) for change in found]
     except OSError as error:
         raise _unusable(directory, error) from error
 
 
-def changes(directory: Path, files: Files, note: Note) -> Iterator[Change]:
+def preview(directory: Path, files: Files, base: Files | None = None) -> list[Change]:
+    """What writing these files to a project would do; for a new one, each file is written.
+
+    Raises:
+        Ms4Error: the directory holds something else, or cannot be read.
+    """
+    note = read_note(directory)
+    if note is None:
+        return [Change(name, "written", "", text) for name, text in files.items()]
+    place = directory.resolve()
+    try:
+        files = {**files, **_copies(place, files, make=False)}
+        return list(changes(place, files, note, base))
+    except OSError as error:
+        raise _unusable(directory, error) from error
+
+
+def changes(
+    directory: Path, files: Files, note: Note, base: Files | None = None
+) -> Iterator[Change]:
     """What writing does to each file that is not already as it should be."""
     for name, text in files.items():
         path = directory / name
         now = path.read_bytes() if path.is_file() else None
         if now == text.encode():
             continue
+        before = "" if now is None else now.decode(errors="replace")
         ours = (note.files.get(name), note.pending.get(name))
         if now is None or hashlib.sha256(now).hexdigest() in ours:
-            yield Change(name, "written")
-        elif name == CONFIG:
-            yield Change(name, "kept" if _says(path, text) else "replaced")
+            yield Change(name, "written", before, text)
+        elif _says(path, text) if name == CONFIG else note.files.get(name) == _sha256(text):
+            yield Change(name, "kept", before, before)
+        elif (merged := _merged(name, now, text, note, base)) is not None:
+            yield Change(name, "merged", before, merged)
         else:
-            yield Change(name, "kept" if note.files.get(name) == _sha256(text) else "replaced")
+            yield Change(name, "replaced", before, text)
+
+
+def _merged(name: str, now: bytes, text: str, note: Note, base: Files | None) -> str | None:
+    """An edited file with what is new in it; None if that is in the edited lines."""
+    was = None if base is None else base.get(name)
+    if was is None or _sha256(was) != note.files.get(name):
+        return None  # what it was before it was edited is not known
+    try:
+        merged = merge(was, now.decode(), text)
+        if merged is None or name != CONFIG:
+            return merged
+        # A value that was edited and that the answers do not have is no merge.
+        return merged if _parsed(merged) == _parsed(text) else None
+    except (UnicodeDecodeError, Ms4Error):
+        return None
+
+
+def _parsed(text: str) -> config.RunConfig:
+    values, root = yaml_text.parse(text, CONFIG)
+    return config.check(values, CONFIG, root)
 
 
 def _says(path: Path, text: str) -> bool:
     """Whether a configuration that was edited says the same as `text`."""
     try:
-        return config.dump(config.load(path)) == text
+        return config.load(path) == _parsed(text)
     except Ms4Error:
         return False
 
@@ -221,7 +288,7 @@ def _hashes(files: Files) -> dict[str, str]:
     return {name: _sha256(text) for name, text in files.items()}
 
 
-def _apply(directory: Path, change: Change, text: str) -> None:
+def _apply(directory: Path, change: Change) -> None:
     path = directory / change.name
     if change.what == "kept":
         return
@@ -232,10 +299,12 @@ def _apply(directory: Path, change: Change, text: str) -> None:
             number += 1
             backup = path.with_name(f"{path.name}.bak{number}")
         shutil.copyfile(path, backup)
-    write_text(path, text)
+    write_text(path, change.after)
 
 
-def _write_new(directory: Path, files: Files, where: Where) -> None:
+def _write_new(
+    directory: Path, files: Files, where: Where, configuration: config.RunConfig | None
+) -> None:
     """Write it aside and rename it: a reader sees all of it or nothing."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     there, moved = directory.is_dir(), []
@@ -248,7 +317,7 @@ def _write_new(directory: Path, files: Files, where: Where) -> None:
     try:
         for name, text in files.items():
             write_text(temporary / name, text)
-        _finish(temporary, {**files, **_copies(temporary, files)}, where)
+        _finish(temporary, {**files, **_copies(temporary, files)}, where, configuration)
         if not there:
             temporary.rename(directory)
             return
@@ -283,10 +352,13 @@ def _copies(directory: Path, files: Files, make: bool = True) -> dict[str, str]:
     return copies
 
 
-def _finish(directory: Path, files: Files, where: Where) -> None:
+def _finish(
+    directory: Path, files: Files, where: Where, configuration: config.RunConfig | None
+) -> None:
     """Write the copies of a new project, and the note."""
     for name, text in files.items():
         if not (directory / name).exists():
             write_text(directory / name, text)
-    note = Note(ms4.__version__, where.model_dump(mode="json"), _hashes(files))
+    answers = {} if configuration is None else configuration.model_dump(mode="json")
+    note = Note(ms4.__version__, where.model_dump(mode="json"), _hashes(files), answers=answers)
     write_json(directory / PROJECT, asdict(note))

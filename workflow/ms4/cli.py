@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 import ms4
-from ms4 import config, lock
+from ms4 import completion, config, lock, settings
 from ms4.errors import Ms4Error, printable
 
 CONFIG = Path("config/config.yaml")
@@ -330,6 +330,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line, stages first."""
     parser = argparse.ArgumentParser(prog="ms4", description=ms4.__doc__)
     parser.add_argument("--version", action="version", version=f"ms4 {ms4.__version__}")
+    completion.add_argument(parser, keys=lambda: settings.field_names(config.RunConfig))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for stage in config.STAGES:
         command = commands.add_parser(stage, help=STAGE_HELP[stage], usage=STAGE_USAGE.get(stage))

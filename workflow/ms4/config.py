@@ -396,13 +396,21 @@ def _comment(text: str | None, indent: str) -> str:
     return "".join(f"{indent}# {line}\n" for line in lines)
 
 
-def _dump_section(section: BaseModel, values: Mapping[str, Any], indent: str = "") -> str:
+def _dump_section(
+    section: BaseModel,
+    values: Mapping[str, Any],
+    notes: Mapping[str, str],
+    indent: str = "",
+    prefix: str = "",
+) -> str:
     parts = []
     for name, field in type(section).model_fields.items():
         comment = _comment(field.description, indent)
         value = getattr(section, name)
+        if note := notes.get(prefix + name):
+            comment += _comment(note, indent)
         if isinstance(value, BaseModel):
-            body = _dump_section(value, values[name], indent + "  ")
+            body = _dump_section(value, values[name], notes, indent + "  ", f"{prefix}{name}.")
             parts.append(f"\n{comment}{indent}{name}:\n{body}")
             continue
         text = yaml_text.dump({name: values[name]})
@@ -415,16 +423,21 @@ def _dump_section(section: BaseModel, values: Mapping[str, Any], indent: str = "
     return "".join(parts)
 
 
-def dump(config: RunConfig) -> str:
+def dump(config: RunConfig, notes: Mapping[str, str] | None = None) -> str:
     """The configuration as YAML, every field written out with its meaning above it; `load` gives
-    it back. The first line tells editors where the schema is."""
+    it back. The first line tells editors where the schema is.
+
+    Args:
+        config: the configuration.
+        notes: dotted field → what stands below its meaning: why it has its value, say.
+    """
     head = "# yaml-language-server: $schema=schema.json\n"
     note = _comment(
         "A change here reruns the stages that depend on it, and no others. Relative paths are "
         "relative to the project's directory.",
         "",
     )
-    return f"{head}{note}\n{_dump_section(config, config.model_dump(mode='json'))}"
+    return f"{head}{note}\n{_dump_section(config, config.model_dump(mode='json'), notes or {})}"
 
 
 def expand_home(text: str) -> Path:

@@ -83,7 +83,7 @@ def find_device(config: RunConfig) -> Device:
             )
     reason = "run.device says so" if wanted == "cpu" else f"{why}, and run.device is `auto`"
     memory = psutil.virtual_memory()
-    limit = min([memory.total, *_memory_limits()])
+    limit = min([memory.total, *memory_limits()])
     return Device("cpu", "CPU", limit, min(limit, memory.available), reason)
 
 
@@ -112,7 +112,7 @@ def _nvidia() -> tuple[Device | None, str]:
     return Device("cuda", name.strip(), total, total, "nvidia-smi lists it"), ""
 
 
-def _memory_limits() -> Iterator[int]:
+def memory_limits() -> Iterator[int]:
     """Limits of the containers and batch jobs around this process (control groups), in bytes."""
     groups = Path("/proc/self/cgroup")
     for line in groups.read_text(encoding="utf-8").splitlines() if groups.is_file() else ():

@@ -21,9 +21,6 @@ from functools import lru_cache
 from ms4 import spec
 from ms4.config import Preset, RunConfig
 from ms4.device import GIB, DeviceKind
-from ms4.weights.schedule import as_published
-from ms4.weights.shards import table_bytes
-from ms4.weights.tables import base_table
 
 COMPUTE_BYTES: Mapping[DeviceKind, int] = {"cuda": 2, "cpu": 4}
 """Bytes of the dtype that is computed in: BF16 on CUDA; on a CPU FP32, which is faster there."""
@@ -81,9 +78,29 @@ class Plan:
 # A search for what would fit plans the same model some hundred times.
 _tensors = lru_cache(maxsize=16)(spec.tensors)
 parameters = lru_cache(maxsize=16)(spec.parameters_by_role)
-_freed_peak = lru_cache(maxsize=16)(lambda dims, to: as_published(dims, to, free=True).peak())
-_source_bytes = lru_cache(maxsize=16)(lambda dims: table_bytes(spec.disk_tensors(dims)))
-_base_bytes = lru_cache(maxsize=16)(lambda dims, to: table_bytes(base_table(dims, to)))
+# Of the disk. What they import loads numpy, which the wizard's first frame need not wait for.
+
+
+@lru_cache(maxsize=16)
+def _freed_peak(dims: spec.Dimensions, to: str) -> int:
+    from ms4.weights.schedule import as_published
+
+    return as_published(dims, to, free=True).peak()
+
+
+@lru_cache(maxsize=16)
+def _source_bytes(dims: spec.Dimensions) -> int:
+    from ms4.weights.shards import table_bytes
+
+    return table_bytes(spec.disk_tensors(dims))
+
+
+@lru_cache(maxsize=16)
+def _base_bytes(dims: spec.Dimensions, to: str) -> int:
+    from ms4.weights.shards import table_bytes
+    from ms4.weights.tables import base_table
+
+    return table_bytes(base_table(dims, to))
 
 
 def nf4_bytes(shape: tuple[int, ...]) -> int:

@@ -34,7 +34,6 @@ from ms4.fitting import (
 )
 from ms4.manifest import read_manifest, write_manifest
 from ms4.memory import Plan, plan, size
-from ms4.weights import layouts
 
 __all__ = [
     "Plan",
@@ -186,6 +185,8 @@ def run_stage(config: RunConfig) -> None:
     data_path, source_path = Path("results/data.json"), Path("weights/source.json")
     data = read_manifest(data_path, "preprocess")["train"]
     source = read_manifest(source_path, "fetch")
+    from ms4.weights import layouts  # numpy, which the wizard's first frame need not wait for
+
     dims = layouts.read_dimensions(Path(source["directory"]), source.get("layout", "hf"))
     device = find_device(config)
     configured = config.run.memory_gib

@@ -85,16 +85,35 @@ def _processes(root: Path) -> Iterator[tuple[int, list[str]]]:
             continue  # it ended, is a zombie, or is another user's
 
 
-def _refuse_beside_snakemake(root: Path) -> None:
+def find_snakemake(root: Path) -> int | None:
+    """The process id of the Snakemake that runs in `root` on this host, if one does.
+
+    Args:
+        root: the project's directory, resolved.
+    """
     for pid, command in _processes(root):
         if _is_snakemake(command) and not _is_job(command):
-            raise Ms4Error(
-                f"Snakemake runs in {root} (process {pid}): there is nothing to resume. "
-                "Let it go on, or press Ctrl-C where it runs."
-            )
+            return pid
+    return None
 
 
-def _slurm_jobs(root: Path, required: bool) -> list[SlurmJob]:
+def find_resume(root: Path) -> int | None:
+    """The process id of an `ms4 resume` that was started in `root` and is not Snakemake yet."""
+    for pid, command in _processes(root):
+        if "ms4 resume" in " ".join([Path(word).name for word in command[:4]]):
+            return pid
+    return None
+
+
+def _refuse_beside_snakemake(root: Path) -> None:
+    if (pid := find_snakemake(root)) is not None:
+        raise Ms4Error(
+            f"Snakemake runs in {root} (process {pid}): there is nothing to resume. "
+            "Let it go on, or press Ctrl-C where it runs."
+        )
+
+
+def slurm_jobs(root: Path, required: bool) -> list[SlurmJob]:
     """The jobs of pipelines in `root` that Slurm still has to run or runs.
 
     Raises:
@@ -126,7 +145,7 @@ def _slurm_jobs(root: Path, required: bool) -> list[SlurmJob]:
     return jobs
 
 
-def _uses_slurm(root: Path, profile: str) -> bool:
+def uses_slurm(root: Path, profile: str) -> bool:
     """Whether the profile submits to Slurm."""
     file = root / profile / "config.yaml"
     if not file.is_file():
@@ -137,7 +156,7 @@ def _uses_slurm(root: Path, profile: str) -> bool:
 
 def _at_work(root: Path, slurm: bool) -> tuple[list[str], float]:
     """What still runs in `root`, each in words, and how long to wait before looking again."""
-    jobs = _slurm_jobs(root, slurm)
+    jobs = slurm_jobs(root, slurm)
     found = [str(owner) for owner in lock.live_owners(root)]
     found += [str(job) for job in jobs]
     if not found:
@@ -171,7 +190,7 @@ def _status_line() -> Iterator[_Say]:
 
 def _wait(root: Path, profile: str) -> None:
     """Wait until no stage and no job of `root` is at work."""
-    slurm = _uses_slurm(root, profile)
+    slurm = uses_slurm(root, profile)
     found, pause_s = _at_work(root, slurm)
     if not found:
         return

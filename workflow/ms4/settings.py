@@ -36,6 +36,18 @@ def field_type(field: str, model: type[BaseModel]) -> Any:
     return Annotated[found, *limits] if limits else found
 
 
+def field_names(model: type[BaseModel]) -> list[str]:
+    """The dotted names of all fields of `model` that hold a value."""
+    found = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += [f"{name}.{inner}" for inner in field_names(kind)]
+        else:
+            found.append(name)
+    return found
+
+
 def read_setting(setting: str, model: type[BaseModel]) -> tuple[str, Any]:
     """The field of `model` and the value of `key=value`.
 

@@ -4,16 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
-from textual import on
+from textual import events, on
 from textual.app import ComposeResult
-from textual.containers import Vertical
+from textual.containers import Horizontal, Vertical
 from textual.message import Message
 from textual.widget import Widget
 from textual.widgets import Input, Static, TextArea
 
 from ms4.errors import printable
-from ms4_wizard.questions import Draft, Question
+from ms4_wizard.draft import Draft
+from ms4_wizard.questions import LINES, Question
 from ms4_wizard.widgets.choices import Choices
+
+CONTROLS = "Input, TextArea, Choices"
+
+
+class HelpWanted(Message):
+    """`?` where it cannot be part of an answer."""
+
+
+class AnswerInput(Input):
+    """A line of text; `?` asks for help where an answer cannot hold it: in a number, and where
+    nothing is typed yet."""
+
+    def __init__(self, text: str, number: bool) -> None:
+        super().__init__(text, select_on_focus=False, compact=True)
+        self._number = number
+
+    async def on_key(self, event: events.Key) -> None:
+        """Take `?` before it is typed."""
+        if event.character == "?" and (self._number or not self.value):
+            event.stop()
+            event.prevent_default()
+            self.post_message(HelpWanted())
 
 
 class Answer(Vertical):
@@ -29,43 +52,80 @@ class Answer(Vertical):
             self.question = question
 
     def __init__(self, question: Question, draft: Draft) -> None:
-        super().__init__(id=f"answer-{question.field.replace('.', '-')}")
+        row = question.form == "number"
+        super().__init__(
+            id=f"answer-{question.field.replace('.', '-')}", classes="row" if row else ""
+        )
         self.question = question
         self._draft = draft
 
     def compose(self) -> ComposeResult:
-        yield Static(self.question.ask, classes="ask", markup=False)
-        yield Static(self.question.advice, classes="advice", markup=False)
         control = self._control()
+        ask = Static(self.question.ask, classes="ask", markup=False)
+        advice = Static(self.question.advice, classes="advice", markup=False)
+        if self.question.form == "number":
+            with Horizontal(classes="line"):
+                yield ask
+                yield control
+                yield Static("", classes="note", markup=False)
+            yield advice
+        else:
+            yield ask
+            yield advice
         if not self._draft.can_be_typed(self.question):
             control.disabled = True
             yield Static(
                 "It holds characters that cannot be typed here: change it in an answers file.",
                 classes="advice",
             )
-        yield control
+        if self.question.form != "number":
+            yield control
         yield Static("", classes="fault", markup=False)
 
     def _control(self) -> Widget:
         question, draft = self.question, self._draft
         value: Any = draft.get(question.field)
-        match question.form:
-            case "text":
-                text = printable(draft.text(question))
-                return Input(text, select_on_focus=False, compact=True)
-            case "lines" | "named_lines":
-                text = printable(draft.text(question))
-                return TextArea(text, tab_behavior="focus", compact=True)
-            case "choice":
-                return Choices(question.choices, [value], several=False)
-            case "several":
-                return Choices(question.choices, value or (), several=True)
+        if question.form in LINES:
+            text = printable(draft.text(question))
+            return TextArea(text, tab_behavior="focus", compact=True)
+        if question.form == "choice":
+            return Choices(question.choices, [value], several=False)
+        if question.form == "several":
+            return Choices(question.choices, value or (), several=True)
+        return AnswerInput(printable(draft.text(question)), question.form == "number")
+
+    @property
+    def control(self) -> Widget:
+        """What takes the answer."""
+        return self.query(CONTROLS).first()
 
     def show_fault(self, message: str) -> None:
         """Show what is wrong under the control, or nothing."""
         fault = self.query_one(".fault", Static)
         fault.update(message)
         fault.display = bool(message)
+
+    def show_note(self, text: str) -> None:
+        """A few words beside a number."""
+        self.query_one(".note", Static).update(text)
+
+    def show_answer(self) -> None:
+        """The control as the draft has it now: another answer changed this one."""
+        control = self.control
+        text = printable(self._draft.text(self.question))
+        if isinstance(control, Choices):
+            value = self._draft.get(self.question.field)
+            control.choose(value or () if self.question.form == "several" else [value])
+        elif isinstance(control, TextArea):
+            # Blank lines that are being typed say nothing, and stay.
+            read = Draft({})
+            read.answer(self.question, control.text)
+            same = read.get(self.question.field) == self._draft.get(self.question.field)
+            if not control.disabled and not same and control.text != text:
+                control.text = text
+        elif isinstance(control, Input) and control.value != text:
+            control.value = text
+            control.cursor_position = len(text)  # else what is typed next goes into its middle
 
     def _take(self, text: str) -> None:
         # Controls report what they begin with, too.

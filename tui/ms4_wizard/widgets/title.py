@@ -6,7 +6,7 @@ from textual.app import ComposeResult
 from textual.containers import Horizontal
 from textual.widgets import Static
 
-from ms4_wizard.questions import STEPS
+from ms4_wizard.steps import STEPS
 
 
 class Title(Horizontal):
@@ -19,4 +19,6 @@ class Title(Horizontal):
 
     def compose(self) -> ComposeResult:
         yield Static(f"ms4  ·  {self._title}", classes="what", markup=False)
-        yield Static(f"{self._number + 1} of {len(STEPS) + 1}", classes="how-far")
+        last = len(STEPS) + 1
+        far = f"{self._number + 1} of {last}" if self._number < last else "written"
+        yield Static(far, classes="how-far")

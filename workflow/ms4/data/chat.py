@@ -316,6 +316,11 @@ class Chat:
             ) from error
         return tokens
 
+    @property
+    def first_text_id(self) -> int:
+        """Ids below are control tokens."""
+        return self._first_text_id
+
     def decode(self, tokens: npt.NDArray[np.int32] | list[int]) -> str:
         """Text of token ids; control ids by their names."""
         return self._tokenizer.decode([int(token) for token in tokens], SpecialTokenPolicy.KEEP)

@@ -11,7 +11,8 @@ import os
 import sys
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,20 @@ def tokenizer(path: Path | None, config: RunConfig) -> Chat:
         return Chat(made, largest)
 
 
-def survey(config: RunConfig, chat: Chat, sources: Sequence[Source]) -> Survey:
-    """Read all of these sources."""
+def survey(
+    config: RunConfig,
+    chat: Chat,
+    sources: Sequence[Source],
+    on_bytes: Callable[[int], None] | None = None,
+) -> Survey:
+    """Read all of these sources.
+
+    Args:
+        config: how.
+        chat: the tokenizer.
+        sources: what to read.
+        on_bytes: told of each part that was read; None: a bar or lines on standard error.
+    """
     found = Survey(faults=Faults(source.name for source in sources))
     lengths = array("q")
     local = [source.path for source in sources if source.hub is None]
@@ -131,9 +144,9 @@ def survey(config: RunConfig, chat: Chat, sources: Sequence[Source]) -> Survey:
     recipe = Recipe(config.data, with_images=True)
     with (
         started(chat, recipe, workers, size) as pool,
-        ByteProgress("conversations", size) as progress,
+        _progress(size, on_bytes) as advance,
     ):
-        for result in read_files(sources, pool, config.data, progress.advance):
+        for result in read_files(sources, pool, config.data, advance):
             name = result.source.name
             counts = found.files[name] = FileCounts(result.format)
             weight = config.data.weights.get(result.source.entry, 1.0)
@@ -155,6 +168,15 @@ def survey(config: RunConfig, chat: Chat, sources: Sequence[Source]) -> Survey:
     if len(members):
         found.filled = np.add.reduceat(packed[members], starts[:-1])
     return found
+
+
+@contextmanager
+def _progress(size: int, on_bytes: Callable[[int], None] | None) -> Iterator[Callable[[int], None]]:
+    if on_bytes is not None:
+        yield on_bytes
+        return
+    with ByteProgress("conversations", size) as progress:
+        yield progress.advance
 
 
 def find_sample(
@@ -247,6 +269,11 @@ def _costs(config: RunConfig, found: Survey) -> _Costs:
         if throughput.fits(gpu, peak)
     }
     return _Costs(steps if len(found.filled) else 0, hours if len(found.filled) else {})
+
+
+def tree(config: RunConfig, found: Survey) -> dict[str, Any]:
+    """What was found, as JSON values: what `ms4 data --json` prints."""
+    return _tree(config, found, _costs(config, found))
 
 
 def _tree(config: RunConfig, found: Survey, costs: _Costs) -> dict[str, Any]:

@@ -22,6 +22,22 @@ def stretches(chat: Chat, encoded: Encoded) -> list[tuple[str, bool]]:
     ]
 
 
+def pieces(chat: Chat, encoded: Encoded) -> list[tuple[str, bool, bool]]:
+    """The text of each run of tokens that are alike in whether they are trained and whether they
+    are control tokens, and those two."""
+    control = encoded.tokens < chat.first_text_id
+    changes = np.flatnonzero(np.diff(2 * encoded.trained.astype(np.int8) + control)) + 1
+    return [
+        (chat.decode(tokens), bool(trained[0]), bool(special[0]))
+        for tokens, trained, special in zip(
+            np.split(encoded.tokens, changes),
+            np.split(encoded.trained, changes),
+            np.split(control, changes),
+            strict=True,
+        )
+    ]
+
+
 def render_example(chat: Chat, encoded: Encoded) -> str:
     """A sample as the model sees it, control tokens by name, what is trained between ⟦ and ⟧."""
     parts = []

@@ -193,6 +193,7 @@ class _Experts(torch.autograd.Function):
         gate_up, down = projections
         T, K = weights_TK.shape
         ends = gate_up.workspace.read(offsets_E)
+        gate_up.workspace.count(ends)
         y_SH = hidden_TH.new_empty(T * K, hidden_TH.shape[1])
         kept = []
         for part in _slices(offsets_E, ends, projections, hidden_TH):
@@ -371,6 +372,14 @@ def install(
     module.register_module("gate_up_lora", None)
     module.register_module("down_lora", None)
     module.workspace = workspace  # type: ignore[assignment]
+
+
+def take_load(model: nn.Module) -> list[float]:
+    """Each routed expert's share of the rows since the last call, over all layers of the model."""
+    for module in model.modules():
+        if isinstance(workspace := getattr(module, "workspace", None), Workspace):
+            return workspace.take_load()
+    return []
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import bitsandbytes.functional as bnb
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -54,6 +56,7 @@ class Workspace:
     read: Callable[[torch.Tensor], list[int]] = _to_list
     """Reads where the rows of each expert end. Shapes follow from it, so an account of memory
     without numbers puts the routing here that it assumes."""
+    _rows_E: npt.NDArray[np.int64] | None = field(default=None, repr=False)
     _memory: torch.Tensor | None = field(default=None, repr=False)
     _dynamic: torch.Tensor | None = field(default=None, repr=False)
 
@@ -83,6 +86,25 @@ class Workspace:
             with torch.inference_mode(False):  # training may follow generation
                 self._memory = memory = torch.empty(count, dtype=dtype, device=device)
         return memory[:count].view(*shape)
+
+    def count(self, ends: Sequence[int]) -> None:
+        """Note how many rows came to each expert of a layer.
+
+        Args:
+            ends: where each expert's rows end, as `read` gave them: the host knows them anyway.
+        """
+        rows_E = np.diff(np.asarray(ends, dtype=np.int64), prepend=0)
+        self._rows_E = rows_E if self._rows_E is None else self._rows_E + rows_E
+
+    def take_load(self) -> list[float]:
+        """Each expert's share of the rows since the last call, over all layers; none, no list.
+
+        Shares, because a layer that is computed again in the backward pass counts twice."""
+        rows_E, self._rows_E = self._rows_E, None
+        if rows_E is None or not rows_E.any():
+            return []
+        shares: list[float] = (rows_E / rows_E.sum()).tolist()
+        return shares
 
     def dynamic(self, device: torch.device) -> torch.Tensor:
         """The 256 values that bitsandbytes' 8-bit codes stand for."""

@@ -27,7 +27,7 @@ from ms4.data.image_store import ImageStore
 from ms4.errors import Ms4Error
 from ms4.manifest import check_files, file_entry, read_manifest, sha256_json, write_json
 from ms4.manifest import write_manifest as write_stage_manifest
-from ms4.model import checkpointing, lora
+from ms4.model import checkpointing, experts, lora
 from ms4.model.build import choose_device, load_model, prepare_torch
 from ms4.model.module import PackedLoss
 from ms4.plan import compare, total_steps
@@ -205,6 +205,7 @@ def run_stage(config: RunConfig) -> None:
                     "seconds": round(seconds, 4),
                     "tokens_per_s": round(tokens / seconds, 1),
                     "memory_gib": round(metrics.memory_gib(device), 3),
+                    "expert_load": [round(share, 5) for share in experts.take_load(model)],
                 }
             )
             due = progress.step % config.train.checkpoint_every == 0 or progress.step == steps

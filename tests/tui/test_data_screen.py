@@ -1,0 +1,170 @@
+"""The data, looked at beside the screens: in a process of its own, by the code of `ms4 data`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from textual.pilot import Pilot
+from textual.widgets import TextArea
+
+from ms4.data import preview, sources
+from ms4_wizard.app import WizardApp
+from ms4_wizard.draft import Draft
+from ms4_wizard.flow import Flow
+from ms4_wizard.looking import Looker
+from ms4_wizard.screens.samples import SamplesScreen, coloured
+from tests.tui.driving import VALUES, answer, drive, go_to, screen_text, until
+
+
+def record(question: str, reply: str, thinking: str | None = None) -> str:
+    parts: Any = reply
+    if thinking is not None:
+        parts = [{"type": "thinking", "thinking": thinking}, {"type": "text", "text": reply}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]
+    return json.dumps({"messages": messages}) + "\n"
+
+
+def app_with_looker(values: dict[str, Any]) -> WizardApp:
+    return WizardApp(Flow(Draft(values), Path("project"), looker=Looker()))
+
+
+def settled(app: Any, state: str = "done") -> bool:
+    look = app.flow.looker.look
+    return look is not None and look.state == state
+
+
+def test_data_is_looked_at_beside_the_screen(place: Path) -> None:
+    lines = [record(f"q {n}", f"a {n}", "hm" if n % 2 else None) for n in range(20)]
+    (place / "train.jsonl").write_text("".join(lines) + "broken\n")
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, "data")
+        await until(pilot, lambda: settled(pilot.app))
+        await until(pilot, lambda: "1 record lost" in screen_text(pilot))
+        text = screen_text(pilot)
+        assert "chat messages, 21 records" in text
+        assert "effort none: 10 (50%)" in text
+        assert "train.jsonl:21: not valid JSON" in text
+        # The same as the command says.
+        flow = pilot.app.flow  # type: ignore[attr-defined]
+        config = preview.read_settings(["train.jsonl"], None, [], None)
+        chat = preview.tokenizer(None, config)
+        wanted = preview.survey(config, chat, sources.expand(config.data.train), lambda _: None)
+        found = flow.looker.look.found
+        assert found["tokens"] == wanted.tally.tokens
+        assert found["trained_tokens"] == wanted.tally.trained_tokens
+        assert found["fault_count"] == len(wanted.faults) == 1
+        assert flow.data.samples == 20
+        # Samples, with what is trained and what is a control token.
+        await pilot.press("ctrl+e")
+        await until(pilot, lambda: isinstance(pilot.app.screen, SamplesScreen))
+        first = str(pilot.app.screen.query_one("#sample").render())
+        assert first.endswith("[INST]q 0[/INST]a 0</s>")
+        await pilot.press("right")
+        await until(pilot, lambda: "[THINK]hm[/THINK]a 1" in screen_text(pilot))
+        shown = coloured(flow.looker.look.samples[1])
+        spans = [(shown.plain[s.start : s.end], str(s.style)) for s in shown.spans]
+        assert any("a 1" in text and "underline" in style for text, style in spans)
+        assert any("[INST]" in text and "reverse" in style for text, style in spans)
+        assert not any("q 1" in text and "underline" in style for text, style in spans)
+
+    drive(app_with_looker({**VALUES}), how)
+
+
+def test_effort_changes_what_the_data_is(place: Path) -> None:
+    (place / "train.jsonl").write_text(record("a", "b") + record("c", "d", "thinking"))
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, "reasoning")
+        await until(pilot, lambda: "effort high: 1 (50%)" in screen_text(pilot))
+        await pilot.press("down", "enter")
+        await until(pilot, lambda: "1 refused" in screen_text(pilot))
+
+    drive(app_with_looker(VALUES), how)
+
+
+def test_a_big_file_can_be_cancelled_and_keys_are_answered_meanwhile(place: Path) -> None:
+    line = record("question " * 50, "answer " * 50).encode()
+    with (place / "train.jsonl").open("wb") as file:
+        for _ in range(200):
+            file.write(line * 1000)
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, "data")
+        await until(pilot, lambda: pilot.app.flow.looker.look is not None)  # type: ignore[attr-defined]
+        await until(pilot, lambda: "Ctrl+X cancels" in screen_text(pilot))
+        text = answer(pilot, "data.train").query_one(TextArea)
+        process = pilot.app.flow.looker._process  # type: ignore[attr-defined]
+        await until(pilot, lambda: pilot.app.flow.looker._process is not None)  # type: ignore[attr-defined]
+        process = pilot.app.flow.looker._process  # type: ignore[attr-defined]
+        await pilot.press("end", "x", "backspace")
+        assert text.text == "train.jsonl"
+        assert settled(pilot.app, "reading"), "all the while"
+        await pilot.press("ctrl+x")
+        await until(pilot, lambda: "Cancelled" in screen_text(pilot))
+        await until(pilot, lambda: process.returncode is not None)
+
+    drive(app_with_looker(VALUES), how)
+
+
+def test_leaving_ends_the_look(place: Path) -> None:
+    line = record("question " * 50, "answer " * 50).encode()
+    (place / "train.jsonl").write_bytes(line * 100_000)
+    numbers: list[int] = []
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, "data")
+        await until(pilot, lambda: pilot.app.flow.looker._process is not None)  # type: ignore[attr-defined]
+        numbers.append(pilot.app.flow.looker._process.pid)  # type: ignore[attr-defined]
+
+    drive(app_with_looker(VALUES), how)
+    end = time.monotonic() + 60
+    while psutil.pid_exists(numbers[0]) and psutil.Process(numbers[0]).status() != "zombie":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("key", ["escape", "enter"])
+def test_picker(place: Path, key: str) -> None:
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, "data")
+        await pilot.press("ctrl+o")
+        await until(pilot, lambda: pilot.app.screen.query("#found"))
+        await pilot.press(*"sets", "enter")
+        await until(pilot, lambda: "sets/test.jsonl" in screen_text(pilot))
+        await pilot.press("down", key)
+        await until(pilot, lambda: not pilot.app.screen.query("#found"))
+        wanted = ["train.jsonl", "sets/test.jsonl"] if key == "enter" else ["train.jsonl"]
+        assert pilot.app.flow.draft.get("data.train") == wanted  # type: ignore[attr-defined]
+
+    drive(app_with_looker(VALUES), how)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": {"train": ["nowhere.jsonl"]}}, "no such file"),
+        ({"data": {"train": []}}, "data.train"),
+    ],
+)
+def test_the_child_says_what_is_wrong(place: Path, values: dict[str, Any], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ms4_wizard.analyse"],
+        input=json.dumps(values),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ,
+        timeout=120,
+    )
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert message in json.dumps(last)
+    assert done.stderr == ""

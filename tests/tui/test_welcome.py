@@ -1,0 +1,108 @@
+"""The first screen, and completing paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from textual.pilot import Pilot
+from textual.widgets import Input
+
+from ms4_wizard import demo, project, writing
+from ms4_wizard.paths import candidates, complete
+from ms4_wizard.questions import Answers
+from ms4_wizard.screens.review import ReviewScreen
+from ms4_wizard.screens.step import StepScreen
+from tests.commands import CHECKOUT
+from tests.tui.driving import app_of, drive, screen_text, shown, until
+
+
+def test_new_project(place: Path) -> None:
+    async def how(pilot: Pilot[list[str]]) -> None:
+        assert "New project" in screen_text(pilot)
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(pilot.app.screen, StepScreen))
+
+    drive(app_of({}, welcome=True), how)
+
+
+def test_open_a_project_by_a_completed_path(place: Path, answers: Answers) -> None:
+    writing.write_from_answers(answers, Path("some-project"))
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await pilot.press("down", "enter")
+        line = pilot.app.screen.query_one("#path", Input)
+        await until(pilot, lambda: line.has_focus)
+        await pilot.press(*"nowhere", "enter")
+        await until(pilot, lambda: "holds no ms4 project" in shown(pilot))
+        await pilot.press("ctrl+u", *"some", "tab")
+        await until(pilot, lambda: line.value == "some-project/")
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(pilot.app.screen, ReviewScreen))
+        flow = pilot.app.flow  # type: ignore[attr-defined]
+        assert flow.draft.get("where.account") == "007"
+        assert flow.opened == place / "some-project"
+
+    drive(app_of({}, welcome=True), how)
+
+
+def test_answers_from_a_file(place: Path) -> None:
+    (place / "mine.yaml").write_text("data: {train: [train.jsonl]}\nseed: 5\n")
+    (place / "wrong.yaml").write_text("seed: 5\nadapters: {rank: x}\n")
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await pilot.press("down", "down", "enter")
+        await pilot.press(*"wrong.yaml", "enter")
+        await until(pilot, lambda: "data.train: is missing" in shown(pilot))
+        assert "adapters.rank" in shown(pilot)
+        await pilot.press("ctrl+u", *"mine.yaml", "enter")
+        await until(pilot, lambda: isinstance(pilot.app.screen, ReviewScreen))
+        assert pilot.app.flow.draft.get("seed") == 5  # type: ignore[attr-defined]
+
+    drive(app_of({}, welcome=True), how)
+
+
+def test_demo(place: Path) -> None:
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await pilot.press("down", "down", "down", "enter")
+        await until(pilot, lambda: isinstance(pilot.app.screen, ReviewScreen))
+        await pilot.press("ctrl+s")
+        await until(pilot, lambda: (place / "ms4-demo/Snakefile").is_file())
+
+    drive(app_of({}, welcome=True), how, (140, 45))
+    for name in ("train", "seal", "chat", "copy"):
+        made = (place / f"ms4-demo-data/{name}.jsonl").read_bytes()
+        assert made == (CHECKOUT / f"examples/seal/{name}.jsonl").read_bytes()
+    read = project.read_project(place / "ms4-demo")
+    example = yaml.safe_load((CHECKOUT / "examples/answers.yaml").read_text())
+    wanted = Answers.model_validate(example)
+    assert read.model_copy(update={"data": wanted.data}) == wanted
+    assert read == Answers.model_validate(demo.answers())
+
+
+@pytest.mark.parametrize(
+    ("typed", "found", "completed"),
+    [
+        ("tr", ["train.jsonl"], "train.jsonl"),
+        ("sets", ["sets/"], "sets/"),
+        ("sets/", ["sets/test.jsonl"], "sets/test.jsonl"),
+        ("", ["train.jsonl", "sets/"], ""),
+        ("nowhere/", [], "nowhere/"),
+        ("train.jsonl/", [], "train.jsonl/"),
+        ("x\0", [], "x\0"),
+    ],
+)
+def test_completion(place: Path, typed: str, found: list[str], completed: str) -> None:
+    assert candidates(typed, place) == found
+    assert complete(typed, place) == completed
+
+
+def test_completion_goes_as_far_as_all_agree(place: Path) -> None:
+    for name in ("data-1.jsonl", "data-2.jsonl", ".hidden", "bell\x07"):
+        (place / name).touch()
+    assert complete("d", place) == "data-"
+    assert candidates(".h", place) == [".hidden"]
+    assert not any("hidden" in path or "\x07" in path for path in candidates("", place))
+    (place / "absolute").mkdir()
+    assert complete(f"{place}/abs", place) == f"{place}/absolute/"

@@ -1,0 +1,158 @@
+"""The first screen: what to begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from rich.text import Text
+from textual import on
+from textual.app import ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import VerticalScroll
+from textual.screen import Screen
+from textual.widgets import Footer, Input, OptionList, Static
+from textual.widgets.option_list import Option
+
+from ms4.config import expand_home
+from ms4.errors import Ms4Error, printable
+from ms4_wizard import demo, project
+from ms4_wizard.answers_file import read_answers
+from ms4_wizard.draft import Draft
+from ms4_wizard.drafts import Kept
+from ms4_wizard.flow import Flow, Go
+from ms4_wizard.steps import STEPS
+from ms4_wizard.widgets.path_input import PathInput
+
+INTRODUCTION = (
+    "Fine-tune Mistral Small 4 (119 B). Some ten minutes of questions, each with its price in "
+    "memory and time; then a project is written that you can read, change and run. Nothing is "
+    "fetched or trained before you start it."
+)
+PATHS = {"open": "Directory of the project", "file": "Answers file (YAML or JSON)"}
+"""What the choices that need a path call it."""
+
+
+class WelcomeScreen(Screen[None]):
+    """A draft, a new project, one that exists, an answers file, or the demo."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "list", "Back to the list", show=False),
+        Binding("ctrl+q", "app.quit", "Quit"),
+    ]
+
+    def __init__(self, flow: Flow, kept: Kept | None = None) -> None:
+        """
+        Args:
+            flow: of this session.
+            kept: a draft that was found.
+        """
+        super().__init__()
+        self.flow = flow
+        self._kept = kept
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(id="welcome", can_focus=False):
+            yield Static("ms4", classes="ask", id="name")
+            yield Static(INTRODUCTION, id="introduction")
+            yield OptionList(*self._options(), id="begin", compact=True)
+            yield Static("", id="path-name", classes="advice")
+            yield PathInput(id="path")
+            yield Static("", id="fault", classes="fault", markup=False)
+            yield Static(
+                "Keys: arrows and Enter choose, Tab goes on, Ctrl+N next, Esc back, ? help, "
+                "Ctrl+P all commands. Everything works with a mouse, too.",
+                classes="advice",
+            )
+        yield Footer()
+
+    def _options(self) -> Iterator[Option]:
+        if self._kept is not None:
+            yield _option(
+                "draft",
+                "Go on with the draft",
+                f"of {self._kept.when:%Y-%m-%d %H:%M}, {self._kept.count} answers, "
+                f"for {printable(self._kept.directory)}",
+            )
+        if self.flow.opened is not None:
+            name = printable(self.flow.directory)
+            yield _option("as-is", "Open the project as it is", f"{name}, without the draft")
+        else:
+            yield _option("new", "New project", f"{len(STEPS)} short screens, then a review")
+        yield _option("open", "Open a project", "its answers are shown, and can be changed")
+        yield _option("file", "From an answers file", "then a review")
+        yield _option("demo", "Try the demo", "a tiny model learns a small task in 5 minutes")
+
+    def on_mount(self) -> None:
+        """The list has the focus; a path is asked for where one is needed."""
+        self.query_one("#path").display = False
+        self.query_one("#path-name").display = False
+        self.query_one("#begin", OptionList).highlighted = 0
+        self.query_one("#begin").focus()
+
+    @on(OptionList.OptionHighlighted)
+    def _marked(self, event: OptionList.OptionHighlighted) -> None:
+        needed = PATHS.get(str(event.option_id))
+        self.query_one("#path").display = needed is not None
+        label = self.query_one("#path-name", Static)
+        label.display = needed is not None
+        label.update(f"{needed}; Tab completes" if needed else "")
+        self._show_fault("")
+
+    def _show_fault(self, text: str) -> None:
+        fault = self.query_one("#fault", Static)
+        fault.update(printable(text))
+        fault.display = bool(text)
+
+    def action_list(self) -> None:
+        """The list again."""
+        self.query_one("#begin").focus()
+
+    @on(OptionList.OptionSelected)
+    def _chosen(self, event: OptionList.OptionSelected) -> None:
+        wanted = str(event.option_id)
+        if wanted in PATHS:
+            self.query_one("#path").focus()
+            return
+        if wanted == "draft" and self._kept is not None:
+            self.flow.draft = self._kept.draft
+            self.flow.directory = self._kept.directory
+            self.post_message(Go(len(STEPS) if self.flow.opened else 0))
+        elif wanted == "as-is":
+            self.post_message(Go(len(STEPS)))
+        elif wanted == "new":
+            self.post_message(Go(0))
+        else:
+            self._demo()
+
+    def _demo(self) -> None:
+        try:
+            demo.write_data()
+        except Ms4Error as error:
+            self._show_fault(str(error))
+            return
+        self._begin(Draft(demo.answers()), demo.PROJECT)
+
+    def _begin(self, draft: Draft, directory: Path, opened: bool = False) -> None:
+        self.flow.begin(draft, directory, opened)
+        self.post_message(Go(len(STEPS)))
+
+    @on(Input.Submitted, "#path")
+    def _path_given(self, event: Input.Submitted) -> None:
+        options = self.query_one("#begin", OptionList)
+        chosen = options.highlighted_option
+        if not event.value.strip() or chosen is None:
+            return
+        path = expand_home(event.value)
+        try:
+            if chosen.id == "open":
+                self._begin(Draft.of(project.read_project(path)), path, opened=True)
+            else:
+                self._begin(Draft.of(read_answers(str(path), ())), Path(self.flow.directory))
+        except Ms4Error as error:
+            self._show_fault(str(error))
+
+
+def _option(key: str, title: str, meaning: str) -> Option:
+    return Option(Text.assemble((title, "bold"), (f"\n  {meaning}", "dim")), id=key)
