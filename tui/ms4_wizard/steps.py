@@ -77,7 +77,6 @@ STEPS: tuple[Step, ...] = (
                 "text",
                 "Weights",
                 "Hub id or a local directory. `tiny` is a toy model that trains in minutes.",
-                label="Trained",
             ),
             Question(
                 "method",
@@ -85,6 +84,7 @@ STEPS: tuple[Step, ...] = (
                 "What is trained?",
                 "Adapters learn most tasks and take a fraction of the memory.",
                 (Choice("lora", "LoRA adapters over the frozen model"),),
+                label="Trained",
             ),
         ),
     ),

@@ -45,7 +45,7 @@ class DoneScreen(Screen[None]):
     def compose(self) -> ComposeResult:
         yield Title("Done", len(STEPS) + 1)
         with VerticalScroll(id="done", can_focus=False):
-            place = printable(str(self._directory.resolve()))
+            place = printable(str(self._directory))
             yield Static(Text(f"The project is in {place}.", "bold"))
             marks = ("written", "kept", "merged", "replaced")
             changed = [line for line in self._told if line.startswith(marks)]

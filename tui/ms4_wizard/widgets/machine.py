@@ -55,10 +55,6 @@ def _cluster(slurm: Slurm | None) -> Iterator[tuple[str, str]]:
         yield "accounts", ", ".join(slurm.accounts)
 
 
-ROOMY = 30
-"""Lines of a terminal from which on facts may take several."""
-
-
 class MachineFacts(Static):
     """Shows what was found, or that it is being looked for."""
 
@@ -69,10 +65,9 @@ class MachineFacts(Static):
         if found is None:
             self.update(Text("Looking at the machine…", "yellow"))
             return
-        table = Table.grid(padding=(0, 1))
+        table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(style="bold", no_wrap=True)
-        # Where there is little room, a line each: the plan stands below.
-        table.add_column(ratio=1, no_wrap=self.app.size.height < ROOMY, overflow="ellipsis")
+        table.add_column(ratio=1)
         before = ""
         for name, words in facts(found):
             table.add_row("" if name == before else name, printable(words))
