@@ -9,7 +9,6 @@ import torch
 
 from tests.commands import CHECKOUT, run
 
-pytestmark = pytest.mark.slow
 COMMAND = (sys.executable, CHECKOUT / "benchmarks/gpu.py", "--size", "tiny", "--device", "cpu")
 
 
@@ -22,6 +21,7 @@ def gpu(monkeypatch):
     return gpu
 
 
+@pytest.mark.soak
 def test_calls_go_on_until_all_is_measured(tmp_path):
     record = tmp_path / "record.json"
     first = run(*COMMAND, "--record", record, "--minutes", "0", cwd=tmp_path)
@@ -53,6 +53,7 @@ def test_calls_go_on_until_all_is_measured(tmp_path):
     assert json.loads(record.read_text()) == found
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_and_survived(gpu, monkeypatch, tmp_path, capsys):
     """A plan above the device's memory, memory that runs out, and a kernel that is not there."""
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")

@@ -62,7 +62,7 @@ def test_every_file_of_the_core_has_some():
         assert f"{name}::" in done.stdout, name
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_they_need_neither_tokenizer_nor_workflow():
     """The CPU's half of the same tests, without what a machine for computing may lack."""
     chosen = ["-k", "cpu and not reference and not peft and not dead", "-q", *CORE[:1], *CORE[4:]]

@@ -165,7 +165,7 @@ def test_a_sample_of_generated_conversations(chat: Chat, mistral: Any) -> None:
     run(chat, mistral, 40)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_five_thousand_generated_conversations(chat: Chat, mistral: Any) -> None:
     run(chat, mistral, 5000)
 
