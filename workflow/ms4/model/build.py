@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,6 +64,8 @@ def prepare_torch(run: RunSection, seed: int) -> None:
     """Seed, thread count and deterministic algorithms: what a bit-identical rerun takes."""
     if run.threads is not None:
         torch.set_num_threads(run.threads)
+    # Before cuBLAS is first used, or it refuses to be deterministic; 32 MiB of workspaces.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # Filling fresh memory finds reads of what was never written; it costs 8 % here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
