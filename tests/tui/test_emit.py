@@ -161,6 +161,22 @@ def test_paths(place: Path) -> None:
     assert back.model.source == "./here"
 
 
+def test_patterns_and_data_sets_of_the_hub(place: Path) -> None:
+    hub = "hub:owner/name@v1"
+    data = {"train": ["more/*.jsonl", hub], "weights": {"more/*.jsonl": 2.0, hub: 0.5}}
+    read = Answers.model_validate({"data": {**data, "images": {"roots": ["photos"]}}})
+    moved = emit.relocate(read, place, place / "p").data
+    assert moved.train == ("../more/*.jsonl", hub)
+    assert moved.weights == {"../more/*.jsonl": 2.0, hub: 0.5}
+    assert moved.images.roots == ("../photos",)
+    assert emit.missing_data(read, place) == {"data.train": "no such file: more/*.jsonl"}
+    (place / "more").mkdir()
+    (place / "more/a.jsonl").write_text("{}")
+    assert emit.missing_data(read, place) == {}
+    unpinned = Answers.model_validate({"data": {"train": ["hub:owner/name"]}})
+    assert "with a revision" in emit.missing_data(unpinned, place)["data.train"]
+
+
 @pytest.mark.parametrize("source", ["tiny", "owner/name"])
 def test_what_is_no_path_stays(place: Path, source: str) -> None:
     read = Answers.model_validate({"model": {"source": source}, "data": {"train": ["a"]}})

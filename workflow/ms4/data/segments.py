@@ -36,7 +36,7 @@ _FOLLOWS = {
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _LONGEST = 50_000
 """Characters of a text that are encoded here. Of several hundred thousand blanks the vocabulary's
-engine dies; mistral-common's way to it ends in an error instead."""
+engine panics; mistral-common's way to it ends in an error instead."""
 
 
 class _NotPlainError(Exception):
