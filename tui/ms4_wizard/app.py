@@ -76,10 +76,10 @@ class WizardApp(App[list[str]]):
         last = len(STEPS) if self.flow.opened else 0
         self.push_screen(self._screen(-1 if self._welcome else last))
 
-    def on_unmount(self) -> None:
+    async def on_unmount(self) -> None:
         """Nothing goes on looking at the data."""
         if self.flow.looker is not None:
-            self.flow.looker.cancel()
+            await self.flow.looker.close()
 
     def _look_at_the_machine(self) -> None:
         costs.look_at_the_machine()

@@ -118,6 +118,13 @@ class Looker:
         self._kill()
         self._key = ""
 
+    async def close(self) -> None:
+        """Stop looking, and wait until the process is gone: its pipes belong to this loop."""
+        self.cancel()
+        if self._task is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
 
 def _take(look: Look, told: dict[str, Any]) -> None:
     if look.state == "cancelled":
