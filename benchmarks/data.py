@@ -27,7 +27,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from common import record, run
+from common import RECORDS, record, run
 from ms4.data.chat import Chat
 from ms4.data.conversation import parse_record
 from ms4.data.tekken import write_tekken
@@ -42,8 +42,10 @@ Record = dict[str, Any]
 
 def texts() -> list[tuple[str, str]]:
     """Questions and answers of the public data."""
-    root = Path(os.environ["MS4_TEST_DATA"])
-    lines = (root / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
+    root = os.environ.get("MS4_TEST_DATA")
+    if root is None:
+        sys.exit("MS4_TEST_DATA: name the directory of the public data sets (gsm8k/train.jsonl).")
+    lines = (Path(root) / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
     return [(row["question"], row["answer"]) for row in map(json.loads, lines)]
 
 
@@ -300,7 +302,10 @@ def main() -> None:
     parser.add_argument("--trl", type=Path, help="a Python that has TRL")
     given = parser.parse_args()
     parts = given.parts or ["encode", "scaling", "memory"]
+    latest = sorted(RECORDS.glob("*-data.json"))
     result: dict[str, Any] = {}
+    if given.parts and latest:  # the parts that are not run again
+        result = json.loads(latest[-1].read_text(encoding="utf-8"))["result"]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         for part in parts:
