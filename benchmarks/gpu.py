@@ -29,7 +29,7 @@ import stacks
 from common import RECORDS, machine
 from ms4 import config, memory, spec, throughput
 from ms4.config import Checkpointing, Preset, RunConfig
-from ms4.device import GIB, GPUS, DeviceKind, Gpu
+from ms4.device import GIB, DeviceKind, Gpu, gpus_called
 from ms4.manifest import read_json, write_json
 from ms4.model.stores import CUDA_EXPERTS
 from ms4.train.metrics import memory_gib
@@ -158,7 +158,7 @@ def prepare(dims: spec.Dimensions, device: torch.device, room: float | None) -> 
     if device.type == "cuda":
         own = torch.cuda.mem_get_info()[1] / GIB
         name = torch.cuda.get_device_name()
-        gpu = next((g for g in GPUS if g.name.split()[0] in name), None)
+        gpu = next(iter(gpus_called(name)), None)
     else:
         own = machine()["memory_gib"]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -279,8 +279,9 @@ def measure(case: Case, setting: Setting) -> dict[str, Any]:
         figures |= {"outcome": "measured", **train(case, setting)}
     except torch.OutOfMemoryError as error:
         figures |= {"outcome": "out of memory", "why": first_line(error)}
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-        # A fault of one way, of a kernel that this device lacks say, is a finding too.
+    except (RuntimeError, ValueError, TypeError) as error:
+        # A fault of one way, of a kernel that this device lacks say, is a finding too; the next
+        # call tries it again.
         figures |= {"outcome": "failed", "why": f"{type(error).__name__}: {first_line(error)}"}
     return figures
 
@@ -372,6 +373,7 @@ def main(arguments: list[str]) -> int:
     device = torch.device(given.device)
     path = given.record or default_record(given.size, device)
     record = read_record(path)
+    record["cases"] = [row for row in record["cases"] if row["outcome"] != "failed"]
     size = SIZES[given.size]
     done = [row["case"] for row in record["cases"]]
     missing = [case for case in cases(size.lengths, size.slices) if asdict(case) not in done]
@@ -398,8 +400,11 @@ def main(arguments: list[str]) -> int:
     for text in ratios(record["cases"]):
         print(text)
     left = len(missing) + len(done) - len(record["cases"])
-    print(f"{left} are missing: the same command goes on." if left else "All is measured.")
-    return 0
+    failed = sum(row["outcome"] == "failed" for row in record["cases"])
+    if failed:
+        print(f"{failed} failed, as their lines say: the same command tries them again.")
+    print(f"{left} are missing: the same command goes on." if left else "Nothing is missing.")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

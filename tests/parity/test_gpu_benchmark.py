@@ -30,7 +30,7 @@ def test_calls_go_on_until_all_is_measured(tmp_path):
     assert len(json.loads(record.read_text())["cases"]) == 1
 
     second = run(*COMMAND, "--record", record, "--minutes", "30", cwd=tmp_path)
-    assert "All is measured." in second.stdout, second.stdout
+    assert "Nothing is missing." in second.stdout, second.stdout
     assert "times as fast as the plain stack" in second.stdout
     found = json.loads(record.read_text())
     rows = {json.dumps(row["case"]): row for row in found["cases"]}
@@ -49,7 +49,7 @@ def test_calls_go_on_until_all_is_measured(tmp_path):
     assert max(losses) - min(losses) < 0.02  # the same weights, the same tokens
 
     third = run(*COMMAND, "--record", record, cwd=tmp_path)
-    assert "All is measured." in third.stdout
+    assert "Nothing is missing." in third.stdout
     assert json.loads(record.read_text()) == found
 
 
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_told_and_survived(gpu, monkeypatch, tmp_path, caps
     monkeypatch.setattr(gpu, "build", build)
     record = tmp_path / "record.json"
     given = ["--size", "tiny", "--device", "cpu", "--record", str(record)]
-    assert gpu.main([*given, "--minutes", "30", "--memory", "0.51"]) == 0
+    assert gpu.main([*given, "--minutes", "30", "--memory", "0.51"]) == 1
     rows = json.loads(record.read_text())["cases"]
     skipped = [row for row in rows if row["outcome"] == "skipped"]
     assert skipped
@@ -75,7 +75,9 @@ def test_what_does_not_fit_is_told_and_survived(gpu, monkeypatch, tmp_path, caps
     assert others[0]["outcome"] == "out of memory"
     assert others[0]["why"] == "CUDA out of memory. Tried to allocate 2 GiB"
     assert (others[1]["outcome"], others[1]["why"]) == ("failed", "RuntimeError: x")
-    assert "failed: ValueError: no more" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "failed: ValueError: no more" in told
+    assert "the same command tries them again" in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -130,7 +130,14 @@ def test_facts_of_every_kind() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "gib"),
-    [("h200 × 8", 140.4), ("nvidia_h100 × 1", 79.6), ("a100 × 4", 40.0), ("v100 × 4", None)],
+    [
+        ("h200 × 8", 140.4),
+        ("nvidia_h100 × 1", 79.6),
+        ("a100 × 4", 40.0),
+        ("v100 × 4", None),
+        ("nvidia_geforce_rtx_4090 × 2", 24.0),
+        ("rtx_a6000 × 4", None),
+    ],
 )
 def test_a_clusters_name_for_a_gpu(kind: str, gib: float | None) -> None:
     partition = Partition("gpu", True, True, 1, (kind,), 8, 64, None, None)

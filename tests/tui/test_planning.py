@@ -211,7 +211,7 @@ def test_suggestions_are_good_answers(data: Size, length: int, budget: int) -> N
     assert batch * length <= max(suggest.STEP_TOKENS, length)
     assert answers.data.sequence_length >= min(data.longest, suggest.LONGEST)
     steps = planner.total_steps(answers.configuration(), data.bins(length))
-    assert steps >= min(suggest.FEWEST_STEPS, data.bins(length) // 2) or answers.train.epochs > 0
+    assert steps >= min(suggest.FEWEST_STEPS, data.bins(length))
 
 
 # Speed.

@@ -389,7 +389,7 @@ def test_the_command_exits_with_2_and_the_message(
     message = capsys.readouterr().err
     assert message == (
         "ms4 preprocess: the data has a fault:\n"
-        "  train.jsonl: no such file; correct data.train or data.test\n"
+        "  train.jsonl: no such file; correct its name (in a project: data.train or data.test)\n"
     )
 
 

@@ -179,7 +179,7 @@ def test_nothing_usable(data: Any) -> None:
         {
             "file": "gone.jsonl",
             "line": None,
-            "reason": "no such file; correct data.train or data.test",
+            "reason": "no such file; correct its name (in a project: data.train or data.test)",
         }
     ]
 

@@ -125,6 +125,10 @@ class Flow:
         self.draft = draft
         self.directory = str(directory)
         self.opened = directory.resolve() if opened else None
+        self.data = None
+        if self.looker is not None:
+            self.looker.cancel()
+            self.looker.look = None
         if self.store is not None:
             self.store = self.store.of(directory)
 

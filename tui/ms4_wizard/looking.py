@@ -96,7 +96,8 @@ class Looker:
             process.stdin.write(json.dumps({"data": data}).encode())
             process.stdin.close()
         async for line in process.stdout:
-            _take(look, json.loads(line))
+            with contextlib.suppress(ValueError):  # it was killed in the middle of a line
+                _take(look, json.loads(line))
             told()
         await process.wait()
         if look.state == "reading":

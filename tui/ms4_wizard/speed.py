@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from ms4 import plan, throughput
-from ms4.device import GIB, GPUS, Gpu
+from ms4.device import GIB, GPUS, Gpu, gpus_called
 from ms4.errors import Ms4Error
 from ms4.manifest import read_json
 from ms4_wizard.costs import Cost
@@ -61,7 +61,7 @@ def gpu_of(found: Cost) -> Gpu | None:
     that has the budget; None for a CPU, and where nobody knows."""
     if found.kind == "cpu":
         return None
-    named = [gpu for gpu in GPUS if gpu.name.split()[0] in found.device.split()]
+    named = gpus_called(found.device)
     room = found.budget
     large = [gpu for gpu in reversed(GPUS) if room is not None and room <= gpu.gib * GIB]
     if named:

@@ -272,8 +272,3 @@ NUMBERS = {step.key: number for number, step in enumerate(STEPS)}
 
 QUESTIONS = {question.field: question for step in STEPS for question in step.questions}
 """Each question by its field."""
-
-STEP_OF = {
-    question.field: number for number, step in enumerate(STEPS) for question in step.questions
-}
-"""The number of the step that asks for a field."""

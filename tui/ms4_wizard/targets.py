@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ms4.device import GPUS, Gpu
+from ms4.device import GPUS, Gpu, gpus_called
 from ms4_wizard import machine
 from ms4_wizard.draft import Draft
 from ms4_wizard.machine import Machine, Partition
@@ -73,11 +73,5 @@ def _of_partition(partition: Partition) -> Target:
 
 def known_gpu(partition: Partition) -> Gpu | None:
     """The GPU that its nodes have, as Slurm calls it, the smallest where that fits several."""
-    words = [kind.split(" ")[0].lower().replace("-", "_").split("_") for kind in partition.gpus]
-    found = [
-        gpu
-        for gpu in GPUS
-        for word in words
-        if any(part and part in gpu.name.lower().split() for part in word)
-    ]
+    found = [gpu for kind in partition.gpus for gpu in gpus_called(kind)]
     return min(found, key=lambda gpu: gpu.gib, default=None)

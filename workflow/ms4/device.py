@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -60,6 +61,13 @@ GPUS = (
     Gpu("RTX 3090", 24.0, 71, 936, 350),
 )
 """Ceilings from the makers' data sheets, without sparsity. Not measured here."""
+
+
+def gpus_called(name: str) -> list[Gpu]:
+    """The GPUs of the table that a driver or Slurm calls so: by the whole word of their model, as
+    in `NVIDIA A100-SXM4-80GB` or `nvidia_geforce_rtx_4090`."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return [gpu for gpu in GPUS if gpu.name.removeprefix("RTX ").split()[0].lower() in words]
 
 
 def find_device(config: RunConfig) -> Device:

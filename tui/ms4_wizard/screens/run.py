@@ -21,6 +21,7 @@ from textual.binding import Binding, BindingType
 from textual.containers import Container, Grid, Horizontal, Vertical
 from textual.screen import ModalScreen, Screen
 from textual.widgets import Button, Footer, RichLog, Static
+from textual.worker import Worker, WorkerState
 
 from ms4.errors import Ms4Error, printable
 from ms4_wizard.watch import control
@@ -104,6 +105,8 @@ class RunScreen(Screen[Snapshot | None]):
         """What the last look saw."""
         self._process: psutil.Popen | None = None
         self._stopper: control.Stopper | None = None
+        self._fault = ""
+        """Why the last look that failed did."""
         self._log = Follower(self.root / "logs/fetch.log")
         self._log_of = ""
         self._log_empty = True
@@ -146,6 +149,12 @@ class RunScreen(Screen[Snapshot | None]):
             except Ms4Error as error:
                 self._stopper, fault = None, str(error)
         self.app.call_from_thread(self._show, seen, fault)
+
+    def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
+        """Say once that a look failed: what stands here is old then."""
+        if event.state is WorkerState.ERROR and str(event.worker.error) != self._fault:
+            self._fault = str(event.worker.error)
+            self.notify(printable(f"The run cannot be looked at: {self._fault}"), severity="error")
 
     def _look(self) -> None:
         # A look that takes longer than the interval is waited for, not begun again.

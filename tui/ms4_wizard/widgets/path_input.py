@@ -31,15 +31,8 @@ class PathInput(Input):
         Binding("tab", "complete", "Complete", show=False),
     ]
 
-    def __init__(self, value: str = "", id: str | None = None, placeholder: str = "") -> None:
-        super().__init__(
-            value,
-            id=id,
-            placeholder=placeholder,
-            suggester=_Paths(),
-            select_on_focus=False,
-            compact=True,
-        )
+    def __init__(self, id: str | None = None) -> None:
+        super().__init__(id=id, suggester=_Paths(), select_on_focus=False, compact=True)
 
     def action_complete(self) -> None:
         """Complete, or go to the next control."""

@@ -81,7 +81,7 @@ def read_rows(
             seen = True
             yield row
     except FileNotFoundError:
-        yield _of_file("no such file; correct data.train or data.test")
+        yield _of_file("no such file; correct its name (in a project: data.train or data.test)")
     except IsADirectoryError:
         yield _of_file("a directory; name the files in it, by a pattern perhaps")
     except OSError as error:
