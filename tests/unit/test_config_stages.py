@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ms4 import config
+from ms4.errors import Ms4Error
 
 # Which stages a change reruns.
 
@@ -127,3 +128,18 @@ def test_a_directory_beats_a_hub_of_the_same_name(
 def test_data_files_training_first(demo_values: dict[str, Any]) -> None:
     demo_values["data"] |= {"train": ["b", "a"], "test": {"seal": "c", "chat": "d", "copy": "e"}}
     assert config.check(demo_values, "demo").data_files() == ("b", "a", "c", "d", "e")
+
+
+def test_a_weight_of_a_file_that_is_not_trained_on_is_refused() -> None:
+    with pytest.raises(Ms4Error, match=r"data\.weights: b\.jsonl is no entry of data\.train"):
+        config.check({"data": {"train": ["a.jsonl"], "weights": {"b.jsonl": 2.0}}}, "c.yaml")
+
+
+def test_the_set_of_what_is_held_out_has_a_name_of_its_own() -> None:
+    data = {"train": ["a.jsonl"], "holdout": 0.1}
+    wanted = {"min_exact_match": {"holdout": 0.5}}
+    config.check({"data": data, "evaluate": wanted}, "c.yaml")
+    with pytest.raises(Ms4Error, match=r"no held-out set is called holdout"):
+        config.check({"data": {**data, "holdout": 0}, "evaluate": wanted}, "c.yaml")
+    with pytest.raises(Ms4Error, match=r"`holdout` is the set that data\.holdout makes"):
+        config.check({"data": {**data, "test": {"holdout": "b.jsonl"}}}, "c.yaml")

@@ -477,3 +477,14 @@ def test_the_arrays_are_mapped_and_aligned() -> None:
     loaded = load_file(dataset.TRAIN)
     assert (loaded["tokens"] == data.tokens).all()
     assert (loaded["bin_starts"] == data.bin_starts).all()
+
+
+def test_a_sample_that_stands_twice_is_held_out_twice(project: Path) -> None:
+    """Both by their content: the second does not stand in the way of the first."""
+    records = [sample(f"What is {n} + 1?", f"{n + 1}") for n in range(40)]
+    write("train.jsonl", *records, *records)
+    run_stage(configure(holdout=0.3))
+    found = json.loads(Path("results/data.json").read_text())
+    assert found["train"]["held_out"] > 0
+    assert found["train"]["held_out"] % 2 == 0
+    assert found["train"]["samples"] + found["train"]["held_out"] == 80

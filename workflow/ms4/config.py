@@ -270,12 +270,19 @@ class RunConfig(Section):
             faults.append("method: `full` does not run in this version; use `lora`")
         if self.model.source == "tiny" and self.model.revision is not None:
             faults.append("model.revision: the tiny model has none; remove it")
+        if unknown := sorted(set(self.data.weights) - set(self.data.train)):
+            faults.append(
+                f"data.weights: {', '.join(unknown)} is no entry of data.train; write it as there"
+            )
         faults += self._adapter_faults() + self._train_faults()
-        unknown = sorted(set(self.evaluate.min_exact_match) - set(self.data.test))
+        sets = [*self.data.test, *(["holdout"] if self.data.holdout else [])]
+        if len(set(sets)) < len(sets):
+            faults.append("data.test: `holdout` is the set that data.holdout makes; rename yours")
+        unknown = sorted(set(self.evaluate.min_exact_match) - set(sets))
         if unknown:
             faults.append(
                 f"evaluate.min_exact_match: no held-out set is called {', '.join(unknown)}; "
-                f"data.test has {', '.join(self.data.test) or 'none'}"
+                f"data.test has {', '.join(sets) or 'none'}"
             )
         for name, share in self.evaluate.min_exact_match.items():
             if not 0 <= share <= 1:

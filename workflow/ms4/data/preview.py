@@ -95,6 +95,9 @@ def read_settings(
         name, value = settings.read_setting(override, RunConfig)
         settings.put(values, name, value)
     settings.put(values, "data.train", list(files))
+    data = values["data"]
+    if isinstance(data.get("weights"), dict):  # the configuration's, of other files perhaps
+        data["weights"] = {name: w for name, w in data["weights"].items() if name in files}
     settings.put(values, "data.test", {})
     settings.put(values, "data.holdout", 0.0)
     if effort is not None:
