@@ -377,7 +377,7 @@ def test_faults_come_in_the_order_of_the_files(tmp_path: Path) -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    assert "FILE: no such file; correct data.train" in read(tmp_path / "a.jsonl")[1]
+    assert "FILE: no such file; correct its name" in read(tmp_path / "a.jsonl")[1]
 
 
 def test_a_directory(tmp_path: Path) -> None:

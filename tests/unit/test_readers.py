@@ -352,7 +352,7 @@ def test_patterns_are_their_files_in_order(tmp_path: Path, monkeypatch: pytest.M
     assert local_files([str(tmp_path / "*.json")]) == [str(tmp_path / "c.json")]
     assert local_files(["none*.jsonl", "hub:a/b@main"]) == ["none*.jsonl"]
     assert expand(["none*.jsonl"])[0].entry == "none*.jsonl"
-    assert faults(Path("none*.jsonl"))[0][1].startswith("no such file; correct data.train")
+    assert faults(Path("none*.jsonl"))[0][1].startswith("no such file; correct its name")
     assert [s.entry for s in expand(["[ab].jsonl"])] == ["[ab].jsonl"] * 2
 
 
