@@ -287,10 +287,10 @@ class Ours:
 
     def backward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> float:
         """Gradients of the mean loss over the labels that have a token before them; the loss."""
-        positions, documents = torch.arange(len(tokens))[None], torch.zeros_like(tokens)[None]
+        positions = torch.arange(len(tokens))[None]
         wanted = tokens if labels is None else labels
         targets = torch.cat([wanted[1:], wanted.new_tensor([IGNORED])])[None]
-        batch = Batch.of(tokens[None], positions, documents, targets)
+        batch = Batch.of(tokens[None], positions, targets)
         with deterministic():
             loss = self.module(batch.to(self.device)) / batch.trained
             loss.backward()

@@ -181,8 +181,7 @@ def full_batch(rows: int, length: int) -> Batch:
     """Rows of one document each; what is trained is every position."""
     filled = torch.full((rows, length), 5)
     positions = torch.arange(length).expand(rows, -1)
-    documents = torch.arange(rows)[:, None].expand(-1, length)
-    return Batch.of(filled, positions, documents, filled)
+    return Batch.of(filled, positions, filled)
 
 
 def account(config: RunConfig, dims: spec.Dimensions) -> tuple[Account, Accountant]:

@@ -54,21 +54,31 @@ def a_batch():
     return collate([group[:3], group[3:]])
 
 
-def test_variable_length_is_the_block_mask(device, kernel):
+def block_mask_attention(query, key, value, starts):
+    """The reference: every pair of positions, those of two documents or ahead masked."""
+    B, _, T, _ = query.shape
+    at = torch.arange(B * T, device=query.device)
+    document_BT = torch.searchsorted(starts.long(), at, right=True).view(B, T)
+    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    mask_BTT = same_BTT & torch.ones_like(same_BTT).tril()
+    scale = Config.softmax_scale
+    out = F.scaled_dot_product_attention(query, key, value, mask_BTT[:, None], scale=scale)
+    return out.transpose(1, 2)
+
+
+def test_packed_attention_is_that_under_a_block_mask(device, kernel):
     """Forward and gradients, with the configured scale and not the one that is handed over."""
     torch.manual_seed(0)
     batch = a_batch().to(device)
     shape = (2, 4, batch.tokens_BT.shape[1], 32)
     inputs = [torch.randn(shape, device=device).to(kernel).requires_grad_() for _ in range(3)]
     results = []
-    for way, function in (
-        (attention.BLOCK_MASK, attention.block_mask_attention),
-        (attention.VARIABLE_LENGTH, attention.variable_length_attention),
-    ):
-        given = attention.packed_mask(way, batch.documents_BT, batch.starts_N, batch.longest)
+    given = attention.packed(batch.starts_N, batch.longest)
+    for function in (attention.one_by_one_attention, attention.variable_length_attention):
         for scaling in (0.01, 99.0):
-            out, _ = function(Layer, *inputs, **given, scaling=scaling)
-            results.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
+            results.append(function(Layer, *inputs, **given, scaling=scaling)[0])
+    results.insert(0, block_mask_attention(*inputs, batch.starts_N))
+    results = [(r, *torch.autograd.grad(r.float().square().sum(), inputs)) for r in results]
     most = 1e-5 if kernel == torch.float32 else 0.01
     for other in results[1:]:
         assert other[0].shape == (2, shape[2], 4, 32)
@@ -78,7 +88,7 @@ def test_variable_length_is_the_block_mask(device, kernel):
 def test_the_whole_model_either_way(device, kernel, bases):
     model = load_model(bases["nf4"] / "weights/base", "nf4", device, kernel)
     losses = []
-    for way in (attention.BLOCK_MASK, attention.VARIABLE_LENGTH):
+    for way in (attention.ONE_BY_ONE, attention.VARIABLE_LENGTH):
         model.model.language_model.set_attn_implementation(way)
         with torch.no_grad():
             losses.append(PackedLoss(model, 64)(a_batch().to(device)).item())
@@ -104,7 +114,7 @@ def test_boundaries_of_a_batch():
     assert batch.starts_N.tolist() == [0, 11, 12, 42, 59, 68, 84]
     assert batch.longest == 30
     assert batch.rows_N.tolist() == (batch.targets_BT.view(-1) != -100).nonzero().view(-1).tolist()
-    one = Batch.of(*(torch.zeros(1, 1, dtype=torch.long) for _ in range(4)))
+    one = Batch.of(*(torch.zeros(1, 1, dtype=torch.long) for _ in range(3)))
     assert (one.starts_N.tolist(), one.longest) == ([0, 1], 1)
 
 
@@ -117,8 +127,8 @@ def test_the_choice_says_why(device, capsys, bases):
         assert way == attention.VARIABLE_LENGTH
         assert "attention: variable-length" in told
     else:
-        assert way == attention.BLOCK_MASK
-        assert "attention: block mask: torch's variable-length attention is for CUDA" in told
+        assert way == attention.ONE_BY_ONE
+        assert "attention: a document at a time: torch's variable-length attention" in told
 
 
 @pytest.mark.parametrize(
@@ -137,5 +147,5 @@ def test_what_the_kernel_cannot_do_is_told(monkeypatch, capability, dtype, heads
     if why is None:
         assert way == attention.VARIABLE_LENGTH
     else:
-        assert way == attention.BLOCK_MASK
+        assert way == attention.ONE_BY_ONE
         assert re.search(why, told)

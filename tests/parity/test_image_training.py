@@ -17,7 +17,7 @@ from ms4.data.packing import pack
 from ms4.data.tekken import write_tekken
 from ms4.errors import Ms4Error
 from ms4.model import lora
-from ms4.model.attention import packed_mask
+from ms4.model.attention import packed
 from ms4.model.build import load_model
 from ms4.model.module import IGNORED, PackedLoss
 from ms4.model.vision import image_outputs
@@ -94,13 +94,12 @@ def alone(model, one, images=None):
 
 def packed_logits(model, batch):
     """Our logits of a batch, [B, T, vocabulary]."""
-    way = model.config.text_config._attn_implementation
     hidden = model.model(
         input_ids=batch.tokens_BT,
         position_ids=batch.positions_BT,
         use_cache=False,
         **image_outputs(model.model, batch.images, batch.shown),
-        **packed_mask(way, batch.documents_BT, batch.starts_N, batch.longest),
+        **packed(batch.starts_N, batch.longest),
     ).last_hidden_state
     return model.lm_head(hidden)
 

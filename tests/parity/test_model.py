@@ -118,7 +118,7 @@ def test_packed_logits_and_restarting_positions(device, bases):
     packed = model(
         input_ids=batch.tokens_BT,
         position_ids=batch.positions_BT,
-        attention_mask=attention.document_mask(batch.documents_BT),
+        **attention.packed(batch.starts_N, batch.longest),
     ).logits
     second = torch.from_numpy(group[1][0].astype(np.int64)).to(device)
     alone = model(input_ids=second[None]).logits

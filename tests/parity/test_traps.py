@@ -19,10 +19,10 @@ Where the code that could fall into one has a test elsewhere, it is named here a
    tests/parity/test_experts.py::test_a_slice_of_the_published_size_can_be_counted
 6. The softmax scale of another version: here, and
    tests/parity/test_model.py::test_the_softmax_scale_is_the_configured_one
-   tests/parity/test_attention.py::test_variable_length_is_the_block_mask
+   tests/parity/test_attention.py::test_packed_attention_is_that_under_a_block_mask
 7. Packed documents that see each other, positions that run on:
    tests/parity/test_gradients.py::test_fp32
-   tests/parity/test_attention.py::test_variable_length_is_the_block_mask
+   tests/parity/test_attention.py::test_packed_attention_is_that_under_a_block_mask
    tests/parity/test_model.py::test_packed_logits_and_restarting_positions
 8. Sizes that are read from a device where there are no numbers: here.
 9. Packed weights in buffers, which sharding leaves whole; a head that is used outside: here.

@@ -324,20 +324,15 @@ def _held(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind) -> dict[st
     width, train = COMPUTE_BYTES[kind], config.train
     tokens = train.micro_batch * config.data.sequence_length
     trained, paged = trained_parameters(config, dims), train.optimizer.startswith("paged")
-    held = {
+    return {
         "adapters": trained_width(config) * trained if config.method == "lora" else 0,
         "optimizer state": 0 if paged and kind == "cuda" else optimizer_bytes(config, trained),
         # In memory that is held on CUDA; a CPU's allocator hands out the same again.
         "dequantized experts": expert_scratch(config, dims, kind),
-        # cos and sin of the rotary angles, positions, documents, tokens and targets.
-        "batch": tokens * (2 * width * dims.rope + 4 * 8),
+        # cos and sin of the rotary angles, positions, tokens and targets.
+        "batch": tokens * (2 * width * dims.rope + 3 * 8),
         "process": PROCESS_BYTES[kind],
     }
-    if kind == "cpu":
-        # Boolean, and once more in the compute dtype as attention's bias. On CUDA attention knows
-        # where documents begin, and there is no mask.
-        held["block mask"] = tokens * config.data.sequence_length * (1 + width)
-    return held
 
 
 def _moments(

@@ -1,7 +1,8 @@
 """Attention over packed documents, with the softmax scale that the configuration names.
 
-Two ways, of which `choose` takes one for a run: torch's variable-length kernel, which is told where
-each document begins and needs no mask, and scaled dot-product attention under a block mask.
+Two ways, of which `choose` takes one for a run: torch's variable-length kernel, and scaled
+dot-product attention of one document after the other. Both are told where each document begins;
+neither needs a mask.
 
 Shape letters: B rows, T positions, A heads, D head dimension, N documents.
 """
@@ -9,7 +10,9 @@ Shape letters: B rows, T positions, A heads, D head dimension, N documents.
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +20,7 @@ from torch.nn.attention import varlen
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-BLOCK_MASK, VARIABLE_LENGTH = "ms4_block_mask", "ms4_variable_length"
+ONE_BY_ONE, VARIABLE_LENGTH = "ms4_one_by_one", "ms4_variable_length"
 """The names under which transformers' configuration asks for one or the other."""
 _OPTIONS = inspect.signature(varlen.varlen_attn).parameters
 _CAUSAL: dict[str, Any] = (
@@ -34,7 +37,7 @@ def choose(device: torch.device, dtype: torch.dtype, heads: tuple[int, int]) -> 
         heads: dimension of a head's queries and keys, and of its values.
     """
     if device.type != "cuda":
-        return BLOCK_MASK, "block mask: torch's variable-length attention is for CUDA"
+        return ONE_BY_ONE, "a document at a time: torch's variable-length attention is for CUDA"
     major, minor = torch.cuda.get_device_capability(device)
     for fault, wrong in {
         f"it is for bf16 and fp16, not {dtype}": dtype not in (torch.bfloat16, torch.float16),
@@ -45,24 +48,19 @@ def choose(device: torch.device, dtype: torch.dtype, heads: tuple[int, int]) -> 
         "this torch's has no softmax scale": "scale" not in _OPTIONS,
     }.items():
         if wrong:
-            return BLOCK_MASK, f"block mask and not torch's variable-length attention: {fault}"
+            return ONE_BY_ONE, f"a document at a time, not torch's variable-length: {fault}"
     return VARIABLE_LENGTH, "variable-length, torch.nn.attention.varlen"
 
 
-def block_mask_attention(
+def _masked(
     module: Any,
     query_BATD: torch.Tensor,
     key_BATD: torch.Tensor,
     value_BATD: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Scaled dot-product attention; returns [B, T, A, D] and no weights.
-
-    The scale that transformers hands over is not used: whether it holds yarn's factor depends on
-    the version. The configured one stands in the base's config.json as `softmax_scale`.
-    """
+    dropout: float,
+) -> torch.Tensor:
+    """Attention as transformers asks for it outside of training: one document a row, or a mask."""
     out_BATD = F.scaled_dot_product_attention(
         query_BATD,
         key_BATD,
@@ -72,77 +70,94 @@ def block_mask_attention(
         is_causal=attention_mask is None and query_BATD.shape[2] > 1,
         scale=module.config.softmax_scale,
     )
-    return out_BATD.transpose(1, 2).contiguous(), None
+    return out_BATD.transpose(1, 2).contiguous()
 
 
-def variable_length_attention(
+def _one_by_one(
     module: Any,
-    query_BATD: torch.Tensor,
-    key_BATD: torch.Tensor,
-    value_BATD: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    max_length_q: int | None = None,
-    **other: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of each document by itself; returns [B, T, A, D] and no weights.
-
-    `attention_mask` is what `packed_mask` makes, and `max_length_q` comes with it. Without them the
-    model generates: that has a cache and padding, and goes by a mask.
-    """
-    if max_length_q is None or attention_mask is None:
-        return block_mask_attention(
-            module, query_BATD, key_BATD, value_BATD, attention_mask, dropout, **other
+    query_SAD: torch.Tensor,
+    key_SAD: torch.Tensor,
+    value_SAD: torch.Tensor,
+    starts_N: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """Causal attention of each document, S = B·T: [S, A, D]."""
+    out_SAD = []
+    for start, end in pairwise(starts_N.tolist()):
+        query, key, value = (
+            t[start:end].transpose(0, 1)[None] for t in (query_SAD, key_SAD, value_SAD)
         )
-    B, _, T, _ = query_BATD.shape
-    query, key, value = (
-        t.transpose(1, 2).flatten(0, 1) for t in (query_BATD, key_BATD, value_BATD)
-    )
-    starts_N, longest = attention_mask.view(-1), max_length_q
+        out_1AtD = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=module.config.softmax_scale
+        )
+        out_SAD.append(out_1AtD[0].transpose(0, 1))
+    return torch.cat(out_SAD)
+
+
+def _variable_length(
+    module: Any,
+    query_SAD: torch.Tensor,
+    key_SAD: torch.Tensor,
+    value_SAD: torch.Tensor,
+    starts_N: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """The same by one kernel."""
     # How causal attention is asked for changed between the versions of torch that this runs on.
     options: dict[str, Any] = {"scale": module.config.softmax_scale, **_CAUSAL}
-    out: Any = varlen.varlen_attn(
-        query, key, value, starts_N, starts_N, longest, longest, **options
+    out_SAD: Any = varlen.varlen_attn(
+        query_SAD, key_SAD, value_SAD, starts_N, starts_N, longest, longest, **options
     )
-    return out.unflatten(0, (B, T)), None
+    return cast(torch.Tensor, out_SAD)
 
 
-def document_mask(documents_BT: torch.Tensor) -> torch.Tensor:
-    """True where a position may look: at itself and what stands before it in its own document.
+def _packed(own: Callable[..., torch.Tensor]) -> Callable[..., tuple[torch.Tensor, None]]:
+    """What transformers calls: `own` where `packed` says that the rows hold documents."""
 
-    Args:
-        documents_BT: the number of the document that each position belongs to.
+    def attention(
+        module: Any,
+        query_BATD: torch.Tensor,
+        key_BATD: torch.Tensor,
+        value_BATD: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        max_length_q: int | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Returns [B, T, A, D] and no weights.
 
-    Returns:
-        bool [B, 1, T, T].
-    """
-    T = documents_BT.shape[1]
-    same_BTT = documents_BT[:, :, None] == documents_BT[:, None, :]
-    causal_TT = torch.ones(T, T, dtype=torch.bool, device=documents_BT.device).tril()
-    return (same_BTT & causal_TT)[:, None]
+        The scale that transformers hands over is not used: whether it holds yarn's factor depends
+        on the version. The configured one stands in the base's config.json as `softmax_scale`.
+        """
+        if max_length_q is None or attention_mask is None:  # the model generates: cache and padding
+            inputs = query_BATD, key_BATD, value_BATD
+            return _masked(module, *inputs, attention_mask, dropout), None
+        B, _A, T, _D = query_BATD.shape
+        rows = (t.transpose(1, 2).flatten(0, 1) for t in (query_BATD, key_BATD, value_BATD))
+        return own(module, *rows, attention_mask.view(-1), max_length_q).unflatten(0, (B, T)), None
+
+    return attention
 
 
-def packed_mask(
-    way: str, documents_BT: torch.Tensor, starts_N: torch.Tensor, longest: int
-) -> dict[str, Any]:
+one_by_one_attention = _packed(_one_by_one)
+variable_length_attention = _packed(_variable_length)
+
+
+def packed(starts_N: torch.Tensor, longest: int) -> dict[str, Any]:
     """What the text model is called with beside tokens and positions.
 
     transformers hands a mask of four dimensions on to the attention as it is. So where the
     documents begin can take its place.
 
     Args:
-        way: as `choose` gave it.
-        documents_BT: the number of the document that each position belongs to.
         starts_N: int32, where each document begins in the rows laid end to end, and their end.
         longest: positions of the longest document.
     """
-    if way == VARIABLE_LENGTH:
-        return {"attention_mask": starts_N.view(1, 1, 1, -1), "max_length_q": longest}
-    return {"attention_mask": document_mask(documents_BT)}
+    return {"attention_mask": starts_N.view(1, 1, 1, -1), "max_length_q": longest}
 
 
 for _name, _function in (
-    (BLOCK_MASK, block_mask_attention),
+    (ONE_BY_ONE, one_by_one_attention),
     (VARIABLE_LENGTH, variable_length_attention),
 ):
     AttentionInterface.register(_name, _function)

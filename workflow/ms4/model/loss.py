@@ -11,6 +11,22 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
+CPU_ROWS = 2
+"""Rows of logits that a CPU passes over at a time: all passes find them in its cache."""
+
+
+def _softmax(logits_CV: torch.Tensor, targets_C1: torch.Tensor, gradient: bool) -> torch.Tensor:
+    """Log-probability of each row's target, [C, 1]; the logits become d -log p / d logits, which is
+    softmax - one-hot, or lose their meaning where no gradient is wanted."""
+    logits_CV.sub_(logits_CV.amax(dim=-1, keepdim=True))
+    wanted_C1 = logits_CV.gather(1, targets_C1)
+    sum_C1 = logits_CV.exp_().sum(dim=-1, keepdim=True)
+    log_C1 = wanted_C1 - sum_C1.log()
+    if gradient:
+        logits_CV.div_(sum_C1).scatter_(1, targets_C1, torch.expm1(log_C1))
+    return log_C1
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -30,6 +46,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         rows, V = min(chunk, rows_N.shape[0]), head_VH.shape[0]
         made_CV = hidden_TH.new_empty(rows, V)
         wide_CV = made_CV if made_CV.dtype == kind else hidden_TH.new_empty(rows, V, dtype=kind)
+        at_once = CPU_ROWS if hidden_TH.device.type == "cpu" else chunk
         for start in range(0, rows_N.shape[0], chunk):
             rows_C = rows_N[start : start + chunk]
             targets_C1 = targets_N[start : start + chunk, None]
@@ -37,14 +54,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.mm(hidden_TH.index_select(0, rows_C), head_VH.T, out=product_CV)
             if logits_CV.dtype != product_CV.dtype:
                 logits_CV.copy_(product_CV)
-            logits_CV.sub_(logits_CV.amax(dim=-1, keepdim=True))
-            wanted_C1 = logits_CV.gather(1, targets_C1)
-            sum_C1 = logits_CV.exp_().sum(dim=-1, keepdim=True)
-            log_C1 = wanted_C1 - sum_C1.log()
-            total -= log_C1.sum()
+            parts = zip(logits_CV.split(at_once), targets_C1.split(at_once), strict=True)
+            total -= torch.cat([_softmax(*part, wanted) for part in parts]).sum()
             if gradient_TH is not None:
-                # d loss / d logits = softmax - one-hot.
-                logits_CV.div_(sum_C1).scatter_(1, targets_C1, torch.expm1(log_C1))
                 if logits_CV.dtype != product_CV.dtype:
                     product_CV.copy_(logits_CV)
                 gradient_TH[rows_C] = product_CV @ head_VH

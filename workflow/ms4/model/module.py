@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ms4.model.attention import packed_mask
+from ms4.model.attention import packed
 from ms4.model.loss import cross_entropy_sum
 from ms4.model.vision import image_outputs
 
@@ -27,9 +27,8 @@ class Batch:
 
     tokens_BT: torch.Tensor
     positions_BT: torch.Tensor
-    """Restart at each document: the query scaling depends on them."""
-    documents_BT: torch.Tensor
-    """Number of each position's document in its row; padding is a document of its own."""
+    """0 where a document begins: the query scaling depends on them. A row's padding is a document
+    of its own."""
     targets_BT: torch.Tensor
     """The next token of the same document where it is trained, else -100."""
     starts_N: torch.Tensor
@@ -48,18 +47,14 @@ class Batch:
         cls,
         tokens_BT: torch.Tensor,
         positions_BT: torch.Tensor,
-        documents_BT: torch.Tensor,
         targets_BT: torch.Tensor,
     ) -> Batch:
         """The batch of tensors on the CPU, its boundaries found."""
-        begins_BT = torch.ones_like(documents_BT, dtype=torch.bool)
-        begins_BT[:, 1:] = documents_BT.diff(dim=1) != 0
         end = torch.tensor([tokens_BT.numel()])
-        starts_N = torch.cat([begins_BT.view(-1).nonzero().view(-1), end])
+        starts_N = torch.cat([(positions_BT.view(-1) == 0).nonzero().view(-1), end])
         return cls(
             tokens_BT,
             positions_BT,
-            documents_BT,
             targets_BT,
             starts_N.to(torch.int32),
             (targets_BT.view(-1) != IGNORED).nonzero().view(-1),
@@ -97,13 +92,12 @@ class PackedLoss(nn.Module):
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Sum of the cross-entropy over a batch's targets, fp32; differentiable in the adapters."""
-        way = self.model.config.text_config._attn_implementation
         hidden_BTH = self.model.model(
             input_ids=batch.tokens_BT,
             position_ids=batch.positions_BT,
             use_cache=False,
             **image_outputs(self.model.model, batch.images, batch.shown),
-            **packed_mask(way, batch.documents_BT, batch.starts_N, batch.longest),
+            **packed(batch.starts_N, batch.longest),
         ).last_hidden_state
         return cross_entropy_sum(
             hidden_BTH.flatten(0, 1),

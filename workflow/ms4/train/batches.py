@@ -26,22 +26,21 @@ def collate(rows: list[list[tuple[np.ndarray, np.ndarray]]]) -> Batch:
     T = max(sum(len(tokens) for tokens, _ in row) for row in rows)
     tokens_BT = torch.full((len(rows), T), PAD, dtype=torch.long)
     positions_BT = torch.zeros((len(rows), T), dtype=torch.long)
-    documents_BT = torch.zeros((len(rows), T), dtype=torch.long)
     targets_BT = torch.full((len(rows), T), IGNORED, dtype=torch.long)
     for b, row in enumerate(rows):
         at = 0
-        for number, (tokens, trained) in enumerate(row, start=1):
+        for tokens, trained in row:
             size = len(tokens)
             here = slice(at, at + size)
             ids = torch.from_numpy(tokens.astype(np.int64))
             tokens_BT[b, here] = ids
             positions_BT[b, here] = torch.arange(size)
-            documents_BT[b, here] = number
             # Position t predicts token t+1; a document's last position predicts nothing.
             wanted = torch.from_numpy(trained[1:].astype(bool))
             targets_BT[b, at : at + size - 1] = torch.where(wanted, ids[1:], IGNORED)
             at += size
-    return Batch.of(tokens_BT, positions_BT, documents_BT, targets_BT)
+        positions_BT[b, at:] = torch.arange(T - at)
+    return Batch.of(tokens_BT, positions_BT, targets_BT)
 
 
 class Batches:
