@@ -194,7 +194,7 @@ def _unpacked(
     """A weight in the dtype of the computation, where it computes."""
     held = state.get(tensor.transformers)
     if held is not None:
-        return held.to(device)
+        return held.to(device, dtype)
     name = tensor.transformers.removesuffix("weight")
     out = torch.empty(tensor.shape, dtype=dtype, device=device)
     return stores.decode_fp8(state[f"{name}codes"], state[f"{name}scale_inv"], out)

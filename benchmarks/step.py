@@ -73,23 +73,21 @@ class Case:
     """Share of the positions that are targets."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation."""
+    plain_dtype: Literal["bfloat16"] | None = None
+    """Of the plain stack's, if it is another: transformers loads a checkpoint in its own dtype, and
+    ms4 computes in FP32 on a CPU."""
 
     def __str__(self) -> str:
+        own = f"{self.dtype} against plain {self.plain_dtype}" if self.plain_dtype else self.dtype
         return (
             f"adapters on {' and '.join(self.targets)}, checkpointing {self.policy}, "
-            f"{100 * self.trained:.0f} % trained, {self.dtype}"
+            f"{100 * self.trained:.0f} % trained, {own}"
         )
 
     @property
     def adapters(self) -> AdaptersSection:
         """In FP32 for both, as is PEFT's default."""
         return AdaptersSection(targets=self.targets, rank=RANK, alpha=2.0 * RANK)
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """Of the computation."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return found
 
 
 DENSE: tuple[Preset, ...] = ("attention", "shared")
@@ -101,7 +99,13 @@ CASES = (
     Case(("all",), "full", 0.5),
     Case(DENSE, "full", 0.5),
     Case(("all",), "full", dtype="bfloat16"),
+    Case(("all",), "full", plain_dtype="bfloat16"),
 )
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 class Documents(Dataset[dict[str, torch.Tensor]]):
@@ -193,9 +197,11 @@ def spread(values: list[float]) -> dict[str, float]:
 def compare(case: Case, dims: spec.Dimensions, length: int, pairs: int) -> dict[str, Any]:
     """Steps of both in turn, after one of each that is not counted."""
     data = Documents(dims.vocabulary, pairs + 1, length, case.trained)
-    train, dtype = TrainSection(checkpointing=case.policy), case.torch_dtype
+    train, dtype = TrainSection(checkpointing=case.policy), _dtype(case.dtype)
     state = stacks.random_weights(dims, CPU, dtype, "full")
-    plain = stacks.plain_model(state, dims, CPU, dtype, case.adapters)
+    plain = stacks.plain_model(
+        state, dims, CPU, _dtype(case.plain_dtype or case.dtype), case.adapters
+    )
     model = stacks.packed_model(state, dims, CPU, dtype, "full")
     ours = stacks.Ours(model, dims, case.adapters, train)
     seconds, losses = [], []
@@ -230,14 +236,16 @@ def resident() -> tuple[int, int]:
 
 def child(name: str, case: Case, dims: spec.Dimensions, length: int) -> None:
     """Three steps of one stack; prints MiB at the most above what was resident after loading."""
-    dtype, data = case.torch_dtype, Documents(dims.vocabulary, 3, length, case.trained)
+    dtype, data = _dtype(case.dtype), Documents(dims.vocabulary, 3, length, case.trained)
     state = stacks.random_weights(dims, CPU, dtype, "full")
     ours = plain = None
     if name == "ours":
         model = stacks.packed_model(state, dims, CPU, dtype, "full")
         ours = stacks.Ours(model, dims, case.adapters, TrainSection(checkpointing=case.policy))
     else:
-        plain = stacks.plain_model(state, dims, CPU, dtype, case.adapters)
+        plain = stacks.plain_model(
+            state, dims, CPU, _dtype(case.plain_dtype or case.dtype), case.adapters
+        )
     del state
     gc.collect()
     # What loading took and gave back would be taken again before new memory: back to the system.

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-
 CPU_ROWS = 2
 """Rows of logits that a CPU passes over at a time: all passes find them in its cache."""
 

@@ -51,7 +51,7 @@ class Batch:
     ) -> Batch:
         """The batch of tensors on the CPU, its boundaries found."""
         end = torch.tensor([tokens_BT.numel()])
-        starts_N = torch.cat([(positions_BT.view(-1) == 0).nonzero().view(-1), end])
+        starts_N = torch.cat([(positions_BT.flatten() == 0).nonzero().view(-1), end])
         return cls(
             tokens_BT,
             positions_BT,
