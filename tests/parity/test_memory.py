@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ms4 import config, memory, spec
-from ms4.model import stores
-from tests.parity.accounting import META, account, full_size
+from ms4.model import stores, vision
+from tests.parity.accounting import META, Accountant, account, build, full_size
 
 FULL = spec.Dimensions()
 GIB = 2**30
@@ -17,10 +17,10 @@ SETS = {"dense": ("attention", "shared"), "all": ("all",), "attention": ("attent
 LENGTHS, POLICIES = (2048, 8192, 16384), ("full", "selective", "none")
 
 
-def settings(length, targets, policy, *, adapters=None, model=None, **train):
+def settings(length, targets, policy, *, adapters=None, data=None, model=None, **train):
     return config.check(
         {
-            "data": {"train": ["train.jsonl"], "sequence_length": length},
+            "data": {"train": ["train.jsonl"], "sequence_length": length, **(data or {})},
             "model": model or {},
             "adapters": {"targets": SETS[targets], **(adapters or {})},
             "train": {"checkpointing": policy, **train},
@@ -95,6 +95,49 @@ def test_the_peaks_that_are_promised(targets, length, most):
         settings(length, targets, "full", **(LEAN if targets == "all" else {}))
     )
     assert counted.peak <= planned.peak <= most * GIB
+
+
+@pytest.mark.parametrize("side", [1540, 756, 28])
+def test_an_image_in_the_vision_tower(monkeypatch, side):
+    """One after the other, so that the second finds the first one's features only."""
+
+    def fused(query, key, value, *, attn_mask, scale):
+        assert attn_mask is None, "kernels that keep no pairs of patches take no mask"
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, scale=scale)[0]
+
+    monkeypatch.setattr(vision.F, "scaled_dot_product_attention", fused)
+    model = build(settings(2048, "dense", "full"), replace(FULL, layers=1))
+    images = [torch.empty(3, side, side, dtype=torch.bfloat16, device=META) for _ in range(2)]
+    counted = Accountant()
+    for tensor in (*model.parameters(), *model.buffers(), *images):
+        counted.see(tensor)
+    before = counted.live
+    with counted:
+        counted.restart("images")
+        vision.image_outputs(model.model, images, (0, 1))
+    patches = (side // FULL.patch) ** 2
+    features = patches // FULL.merge**2 * FULL.hidden * 2
+    planned = memory.image_tower(FULL, patches, 2) + features
+    assert planned == pytest.approx(counted.peak - before, rel=0.03)
+
+
+def test_images_in_the_plan():
+    text, both = (
+        memory.plan(settings(4096, "dense", "full", data={"modality": kind}), FULL, "cuda")
+        for kind in ("text", "text_vision")
+    )
+    assert both.components["pixels"] == 4096 * 28 * 28 * 3 * 2
+    assert both.peak == text.peak + both.components["pixels"], "the tower is through before"
+    # Where nothing else is large, the tower is: 1,540 pixels are 110 patches.
+    few = {"modality": "text_vision", "sequence_length": 3072}
+    run = settings(3072, "attention", "full", data=few, adapters={"rank": 1}, loss_chunk=1)
+    found = memory._moments(run, FULL, "cuda")["images"]
+    assert found["vision tower"] == memory.image_tower(FULL, 110**2, 2)
+    small = settings(64, "attention", "full", data=few | {"sequence_length": 64})
+    assert memory._moments(small, FULL, "cuda")["images"]["vision tower"] == (
+        memory.image_tower(FULL, 4 * 64, 2)
+    ), "an image has to fit in a sequence"
 
 
 def test_layers_held_in_full():

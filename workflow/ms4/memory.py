@@ -316,6 +316,20 @@ def expert_scratch(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind) -
     return max(numel * width, dense) + absmax
 
 
+def image_tower(dims: spec.Dimensions, patches: int, width: int) -> int:
+    """What the vision tower needs for one image, without gradients: P·b·(3F gate, its GELU and up
+    + 5U residual, normed and embedded patches + 2·D cos and sin + P mask of transformers')."""
+    row = patches + 3 * dims.vision_width + 5 * dims.vision_hidden + 2 * dims.vision_head
+    return patches * width * row
+
+
+def _largest_image(config: RunConfig, dims: spec.Dimensions) -> int:
+    """Patches of it; its tokens fit in a sequence."""
+    token = dims.merge**2
+    side = dims.merge * math.ceil(config.data.images.max_size / (dims.patch * dims.merge))
+    return min(side**2, token * config.data.sequence_length)
+
+
 # The plan.
 
 
@@ -324,6 +338,7 @@ def _held(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind) -> dict[st
     width, train = COMPUTE_BYTES[kind], config.train
     tokens = train.micro_batch * config.data.sequence_length
     trained, paged = trained_parameters(config, dims), train.optimizer.startswith("paged")
+    seen = tokens if config.data.modality == "text_vision" else 0
     return {
         "adapters": trained_width(config) * trained if config.method == "lora" else 0,
         "optimizer state": 0 if paged and kind == "cuda" else optimizer_bytes(config, trained),
@@ -331,6 +346,8 @@ def _held(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind) -> dict[st
         "dequantized experts": expert_scratch(config, dims, kind),
         # cos and sin of the rotary angles, positions, tokens and targets.
         "batch": tokens * (2 * width * dims.rope + 3 * 8),
+        # BF16; as if every token were a part of an image.
+        "pixels": seen * (dims.patch * dims.merge) ** 2 * 3 * 2,
         "process": PROCESS_BYTES[kind],
     }
 
@@ -357,7 +374,14 @@ def _moments(
         layer_transient(config, dims, tokens, kind)
     )
     chunk = min(train.loss_chunk, tokens)
+    images = {
+        "gradients": before,
+        # As if every token were a part of one.
+        "image features": one_layer,
+        "vision tower": image_tower(dims, _largest_image(config, dims), width),
+    }
     return {
+        **({"images": images} if config.data.modality == "text_vision" else {}),
         "loss": {
             "gradients": before,
             "layer inputs": inputs,

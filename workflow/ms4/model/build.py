@@ -16,7 +16,7 @@ from ms4 import spec
 from ms4.config import Dense, RunSection
 from ms4.errors import Ms4Error
 from ms4.manifest import read_json
-from ms4.model import attention, experts, stores
+from ms4.model import attention, experts, stores, vision
 from ms4.model.frozen import FP8Linear, HostEmbedding
 from ms4.weights import fp8, nf4
 from ms4.weights.base import Base
@@ -207,6 +207,7 @@ def empty_model(
     way, why = attention.choose(device, dtype, (dims.head, dims.value))
     print(f"attention: {why}")
     text.set_attn_implementation(way)
+    model.model.vision_tower.set_attn_implementation(vision.ATTENTION)
     text.set_experts_implementation(experts.IMPLEMENTATION)
     text.config.use_cache = False
     model.generation_config.pad_token_id = text_settings.pad_token_id
