@@ -55,7 +55,8 @@ class Work:
     """What a micro-step computes and moves."""
 
     passes: int
-    """Passes through the layers that need the frozen weights: forward, backward, recomputation."""
+    """Passes through the routed experts: forward, backward, and again forward where activations
+    are recomputed."""
     expert_flops: float
     dense_flops: float
     attention_flops: float
@@ -74,12 +75,14 @@ def work(config: RunConfig, dims: spec.Dimensions) -> Work:
     is one product, that for its input, of a trained one two. LoRA: 2 · T · P' · (1 + 2), P' what a
     token meets of it.
     Attention: T · S/2 keys · 2 · A · (D + value) a forward pass, backward 2.5 of them.
+    Checkpointing `selective` spares the second forward pass of attention and of the dense products
+    whose results it keeps (see `ms4.memory.layer_kept`).
     """
     counts = memory.parameters(dims)
     sequence = config.data.sequence_length
     tokens = config.train.micro_batch * sequence
-    recomputed = config.train.checkpointing != "none"
-    passes = 3 if recomputed else 2
+    policy = config.train.checkpointing
+    passes = 2 if policy == "none" else 3
     share = dims.experts_per_token / dims.experts
     routed = counts["experts"] * share
     dense = counts["attention"] + counts["shared"] + counts["router"]
@@ -91,18 +94,28 @@ def work(config: RunConfig, dims: spec.Dimensions) -> Work:
         met = share if preset == "experts" else 1.0
         rank = config.adapters.rank_of(preset)
         adapters += memory.adapter_parameters(dims, preset, rank) * met
+    spared = dims.layers * _kept_products(dims) if policy == "selective" else 0
+    attended = 2.5 + (1 if policy in ("none", "selective") else 2)
     forward = dims.heads * (dims.head + dims.value) * sequence * dims.layers  # a token, causal
+    products = dense * (passes + trained) - spared
+    products += head * (1 + trained / 2) + adapters * (passes + 1)
     return Work(
         passes=passes,
         expert_flops=2 * tokens * routed * (passes + trained),
-        dense_flops=2
-        * tokens
-        * (dense * (passes + trained) + head * (1 + trained / 2) + adapters * (passes + 1)),
-        attention_flops=tokens * forward * (passes - 1 + 2.5),
+        dense_flops=2 * tokens * products,
+        attention_flops=tokens * forward * attended,
         packed_bytes=memory.expert_bytes(dims, config.model.experts),
         expert_bytes=2 * counts["experts"],
         activation_bytes=dims.layers * memory.layer_saved(config, dims, tokens, 2),
     )
+
+
+def _kept_products(dims: spec.Dimensions) -> int:
+    """Weights of a layer's dense products that `selective` does not compute again: q_a, kv_a, o,
+    the shared experts' gate and up, the router."""
+    from_hidden = dims.q_rank + dims.kv_rank + dims.rope + dims.experts
+    from_hidden += 2 * dims.expert_width * dims.shared_experts
+    return dims.hidden * (from_hidden + dims.heads * dims.value)
 
 
 def estimate(config: RunConfig, dims: spec.Dimensions, gpu: Gpu) -> Estimate:

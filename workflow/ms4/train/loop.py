@@ -22,8 +22,7 @@ from torch import nn
 
 from ms4 import spec
 from ms4.config import AdaptersSection, RunConfig, TrainSection
-from ms4.data.dataset import load_packed
-from ms4.data.image_store import ImageStore
+from ms4.data.packed import load_packed
 from ms4.errors import Ms4Error
 from ms4.manifest import check_files, file_entry, read_manifest, sha256_json, write_json
 from ms4.manifest import write_manifest as write_stage_manifest
@@ -123,12 +122,18 @@ def run_stage(config: RunConfig) -> None:
     check_files(manifests["preprocess"], Path())
     data = load_packed(Path("data/packed/train.safetensors"))
     made = {entry["path"] for entry in manifests["preprocess"]["files"]}
+    images = None
+    if str(IMAGES) in made:
+        # It brings an image library, which text has no use for.
+        from ms4.data.image_store import ImageStore
+
+        images = ImageStore(IMAGES)
     reader = Batches(
         data,
         config.train.micro_batch,
         config.train.accumulation,
         config.seed,
-        images=ImageStore(IMAGES) if str(IMAGES) in made else None,
+        images=images,
         grouped=config.data.packing == "length_grouped",
     )
     steps = total_steps(config, data.bins)
