@@ -97,7 +97,7 @@ def work(config: RunConfig, dims: spec.Dimensions) -> Work:
     spared = dims.layers * _kept_products(dims) if policy == "selective" else 0
     attended = 2.5 + (1 if policy in ("none", "selective") else 2)
     forward = dims.heads * (dims.head + dims.value) * sequence * dims.layers  # a token, causal
-    products = dense * (passes + trained) - spared
+    products: float = dense * (passes + trained) - spared
     products += head * (1 + trained / 2) + adapters * (passes + 1)
     return Work(
         passes=passes,
