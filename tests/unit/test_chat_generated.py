@@ -210,7 +210,7 @@ maskings = st.builds(
 
 
 def test_masks_of_every_kind(chat: Chat, mistral: Any) -> None:
-    refused, kept = [], []
+    seen = set()
 
     @settings(
         deadline=None,
@@ -230,22 +230,16 @@ def test_masks_of_every_kind(chat: Chat, mistral: Any) -> None:
         spans = spans_by_prefixes(mistral, record, "high")
         tokens = chat.encode_slowly(conversation, "high").tolist()
         expected = expected_mask(chat, tokens, spans, masking, weights)
-        if not any(expected):
-            with pytest.raises(SampleFault, match="nothing of it would be trained"):
-                chat.encode(conversation, "high", masking)
-            refused.append(1)
-            return
         encoded = chat.encode(conversation, "high", masking)
         assert encoded.tokens.tolist() == tokens
         assert encoded.trained.tolist() == expected
         # Never outside the assistant's turns.
         outside = mask_of(len(tokens), spans) == 0
         assert not encoded.trained[outside].any()
-        kept.append(1)
+        seen.add(any(expected))
 
     each()
-    assert refused
-    assert kept
+    assert seen == {True, False}
 
 
 def test_weights_that_differ_within_a_turn_are_a_fault(chat: Chat) -> None:

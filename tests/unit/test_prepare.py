@@ -366,6 +366,52 @@ def test_truncation_ends_with_a_turn_of_its_effort(chat: Chat) -> None:
     assert chat.decode(packed().document(0)[0]).endswith("[THINK]thought 0[/THINK]answer 0</s>")
 
 
+def test_truncation_leaves_something_trained(chat: Chat) -> None:
+    """The first turn that fits is untrained where it would be the last: the one before is taken."""
+    record = three_turns()
+    record["messages"][3]["weight"] = 0
+    length = len(chat.encode(parse_record(record), "high").tokens) - 1
+    write("train.jsonl", record)
+    for settings in ({"untrained": ["earlier_turns"]}, {}):
+        run_stage(configure(sequence_length=length, too_long="truncate", **settings))
+        tokens, trained = packed().document(0)
+        assert chat.decode(tokens[trained == 1]).endswith("[THINK]thought 0[/THINK]answer 0</s>")
+        assert (chat.decode(tokens).count("</s>") == 1) == bool(settings)
+        assert result()["train"]["truncated"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"weight": 0}, "2 with nothing trained up to there"),
+        ({"reasoning": None}, "2 without the thinking of its effort"),
+        (
+            {"tool_calls": [{"id": "abc", "function": {"name": "f", "arguments": "{}"}}]},
+            "2 with a tool call, whose result is cut off",
+        ),
+    ],
+)
+def test_no_end_that_a_truncated_sample_may_have(
+    change: dict[str, Any], reason: str, chat: Chat
+) -> None:
+    """It is left out and counted, with the reason; not a fault."""
+    record = three_turns()
+    for index in (3, 1):
+        record["messages"][index] |= change
+        if "tool_calls" in change:
+            answer = {"role": "tool", "content": "1", "tool_call_id": "abc"}
+            record["messages"].insert(index + 1, answer)
+    length = len(chat.encode(parse_record(record), "high").tokens)
+    write("train.jsonl", record, sample("a", "b"))
+    run_stage(configure(sequence_length=length - 1, too_long="truncate"))
+    train = result()["train"]
+    assert (train["samples"], train["dropped"], train["too_long"]) == (1, 1, 1)
+    assert Path("data/faults.txt").read_text().splitlines() == [
+        f"train.jsonl:1: {length} tokens, and none of its turns within data.sequence_length "
+        f"{length - 1} can be its end ({reason}); raise it or shorten the sample"
+    ]
+
+
 def test_what_cannot_be_truncated_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     write("train.jsonl", sample("a", "b " * 50), sample("a", "b"))
     run_stage(configure(sequence_length=32, too_long="truncate"))

@@ -176,7 +176,7 @@ class Chat:
     def encode(
         self, conversation: Conversation, effort: Effort, masking: Masking | None = None
     ) -> Encoded:
-        """Token ids of the whole conversation, and which of them are trained.
+        """Token ids of the whole conversation, and which of them are trained: none, maybe.
 
         Args:
             conversation: its images resolved to their bytes (`images.resolve`).
@@ -184,7 +184,7 @@ class Chat:
             masking: what of the assistant's turns is trained; None: everything.
 
         Raises:
-            SampleFault: mistral-common refuses the conversation, or nothing of it is trained.
+            SampleFault: mistral-common refuses the conversation.
         """
         if conversation.plain is not None:
             return self._encode_plain(conversation.plain)
@@ -192,11 +192,6 @@ class Chat:
         tokens, order = self._encode(conversation, effort, [image.grid for image in images])
         weights = _turn_weights(conversation)
         trained, turn_ends = self._masks.find(tokens, masking or Masking(), weights)
-        if (masking is not None or weights is not None) and not trained.any():
-            raise SampleFault(
-                "nothing of it would be trained: its turns have weight 0, or hold only what "
-                "data.untrained or data.earlier_thinking leaves out; remove it"
-            )
         if images:
             starts = self._image_starts(tokens)
             images = [
