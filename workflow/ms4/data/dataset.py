@@ -333,6 +333,8 @@ def _print_statement(
     )
     if other := training.tally.dropped - training.tally.too_long:
         lines.append(f"dropped for other reasons: {count(other, 'record')} (in {FAULTS})")
+    if training.tally.images:
+        lines.append(image_tokens(training.tally))
     lines += statements(training.tally, length)
     if near := train["near_duplicates"]["count"]:
         worst = train["near_duplicates"]["first"][0]
@@ -372,6 +374,14 @@ def statements(tally: Tally, length: int) -> list[str]:
         for name, number in sorted(tally.changed.items())
     ]
     return lines
+
+
+def image_tokens(tally: Tally) -> str:
+    """How many tokens the images take, and what their cap saves."""
+    text = f"{count(tally.images, 'image')} of {count(tally.image_tokens, 'token')}"
+    if tally.image_tokens_uncapped > tally.image_tokens:
+        text += f" ({tally.image_tokens_uncapped:,} if data.images.max_size did not cap them)"
+    return text
 
 
 def _too_long(tally: Tally, length: int) -> str:
@@ -433,7 +443,7 @@ def run_stage(config: RunConfig) -> None:
             alike = list(near.alike(held_out.near))
             documents, starts, packed = _pack(training, writer.lengths, data)
             writer.finish(documents, starts)
-            images = store.finish() if store is not None else {}
+            images = {**store.finish(), **tally.image_counts()} if store is not None else {}
             out.flush()
             manifest.commit_file(temporary, TEST)
     finally:
