@@ -442,7 +442,7 @@ def run_stage(config: RunConfig) -> None:
                 raise Ms4Error(f"nothing is left to train on: {_why_nothing(tally, data)}")
             alike = list(near.alike(held_out.near))
             documents, starts, packed = _pack(training, writer.lengths, data)
-            writer.finish(documents, starts)
+            train_hash = writer.finish(documents, starts)
             images = {**store.finish(), **tally.image_counts()} if store is not None else {}
             out.flush()
             manifest.commit_file(temporary, TEST)
@@ -450,7 +450,6 @@ def run_stage(config: RunConfig) -> None:
         temporary.unlink(missing_ok=True)
         spool.unlink(missing_ok=True)
 
-    written = (TRAIN, TEST, IMAGES) if with_images else (TRAIN, TEST)
     train = {
         **tally.counts(),
         **packed,
@@ -465,7 +464,10 @@ def run_stage(config: RunConfig) -> None:
         "preprocess",
         config_hash=config.part_hash("preprocess"),
         inputs=[SOURCE, *local],
-        files=[manifest.file_entry(path, Path()) for path in written],
+        files=[
+            manifest.file_entry(TRAIN, Path(), train_hash),
+            *(manifest.file_entry(path, Path()) for path in (TEST, IMAGES)[: 1 + with_images]),
+        ],
         train=train,
         test=held_out.counts,
     )

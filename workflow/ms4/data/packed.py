@@ -5,11 +5,13 @@ docs/design.md describes the files under "Packed data". No torch here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from array import array
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -196,8 +198,8 @@ class PackedWriter:
         """Tokens of each document."""
         return np.frombuffer(self._lengths, dtype=np.int64).copy()
 
-    def finish(self, bin_documents: Int64s, bin_starts: Int64s) -> None:
-        """Write the file with these bins, under its name when it is whole."""
+    def finish(self, bin_documents: Int64s, bin_starts: Int64s) -> str:
+        """Write the file with these bins, under its name when it is whole; returns its SHA-256."""
         starts = np.zeros(len(self._lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=starts[1:])
         small = {
@@ -222,6 +224,11 @@ class PackedWriter:
                 out.write(np.ascontiguousarray(values, dtype="<i8").tobytes())
             for name in ("tokens", "trained"):
                 file = self._files[name]
+                file.flush()
                 file.seek(0)
                 shutil.copyfileobj(file, out, 1 << 20)
-        manifest.commit_file(self._temporary["whole"], self._path)
+        # Hashed while it goes to the disk: these seconds are no worker's.
+        with self._temporary["whole"].open("rb") as whole, ThreadPoolExecutor(1) as thread:
+            digest = thread.submit(hashlib.file_digest, whole, "sha256")
+            manifest.commit_file(self._temporary["whole"], self._path)
+            return digest.result().hexdigest()

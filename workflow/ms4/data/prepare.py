@@ -278,45 +278,48 @@ def _work(rows: list[Row], reading: Reading, source: Source) -> _Sent:
     return _Sent.of(_PREPARER.batch(rows, reading, source))
 
 
+_NONE = np.zeros(0, dtype=np.int32)
+_BARE = Encoded(_NONE, _NONE.astype(np.uint8), _NONE.astype(np.int64))
+
+
 @dataclass
 class _Sent:
     """A batch on its way between processes: its arrays as one, which is sent several times faster
     than thousands of small ones."""
 
     batch: Batch
-    encoded: list[Encoded]
-    """Of each sample, without its arrays."""
+    beside: list[tuple[tuple[images.EncodedImage, ...], Counter[str]] | None]
+    """Of each sample, what it has beside its arrays: images and changes; None: neither."""
     lengths: list[int]
     tokens: Int32s
     trained: Uint8s
 
     @classmethod
     def of(cls, batch: Batch) -> _Sent:
-        none = np.zeros(0, dtype=np.int32)
-        encoded = [o.sample.encoded for o in batch.outcomes if o.sample is not None]
-        bare = Encoded(none, none.astype(np.uint8), none.astype(np.int64))
-        for outcome in batch.outcomes:
-            if outcome.sample is not None:
-                outcome.sample.encoded = bare
+        samples = [o.sample for o in batch.outcomes if o.sample is not None]
+        encoded = [sample.encoded for sample in samples]
+        for sample in samples:
+            sample.encoded = _BARE
         return cls(
             batch=batch,
-            encoded=[
-                replace(bare, images=e.images, changed=e.changed) if e.images or e.changed else bare
-                for e in encoded
-            ],
+            beside=[(e.images, e.changed) if e.images or e.changed else None for e in encoded],
             lengths=[len(e.tokens) for e in encoded],
-            tokens=np.concatenate([none, *(e.tokens for e in encoded)]),
-            trained=np.concatenate([bare.trained, *(e.trained for e in encoded)]),
+            tokens=np.concatenate([_NONE, *(e.tokens for e in encoded)]),
+            trained=np.concatenate([_BARE.trained, *(e.trained for e in encoded)]),
         )
 
     def received(self) -> Batch:
         """The batch; its samples' turns cannot be cut any more."""
         samples = [o.sample for o in self.batch.outcomes if o.sample is not None]
+        nothing = (_BARE.images, _BARE.changed)
         start = 0
-        for sample, encoded, length in zip(samples, self.encoded, self.lengths, strict=True):
+        for sample, beside, length in zip(samples, self.beside, self.lengths, strict=True):
             end = start + length
-            sample.encoded = replace(
-                encoded, tokens=self.tokens[start:end], trained=self.trained[start:end]
+            sample.encoded = Encoded(
+                self.tokens[start:end],
+                self.trained[start:end],
+                _BARE.turn_ends,
+                *(beside or nothing),
             )
             start = end
         return self.batch

@@ -69,12 +69,17 @@ class Tally:
             self.images += 1
             self.image_tokens += image.tokens
             self.image_tokens_uncapped += image.tokens_uncapped
-        self.notes.update(sample.notes)
-        self.changed.update(sample.encoded.changed)
+        # Most samples have neither, and a counter's update is slow.
+        if sample.notes:
+            self.notes.update(sample.notes)
+        if sample.encoded.changed:
+            self.changed.update(sample.encoded.changed)
         self.lengths.append(tokens)
         kind = _kind(sample)
         for count in (self.by_effort[sample.effort], self.by_kind.setdefault(kind, Counter())):
-            count.update(samples=1, tokens=tokens, trained_tokens=trained)
+            count["samples"] += 1
+            count["tokens"] += tokens
+            count["trained_tokens"] += trained
 
     @property
     def sample_lengths(self) -> npt.NDArray[np.int64]:
