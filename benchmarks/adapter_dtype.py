@@ -26,7 +26,7 @@ from ms4.data.dataset import PackedData, load_packed
 from ms4.model import lora
 from ms4.model.build import load_model
 from ms4.train import optim
-from ms4.train.batches import loss_sum, step_batches
+from ms4.train.batches import Batches, loss_sum
 
 RATES = (1e-5, 3e-5, 1e-4)
 WAYS = ("fp32", "bf16", "fp32, A frozen")
@@ -61,17 +61,18 @@ def train(config: RunConfig, data: PackedData, way: str, rate: float) -> dict[st
     optimizer = optim.make(section, trained.values())
     started = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     rows = config.train.loss_chunk
+    batches = Batches(data, 1, 1, 0)
 
     @torch.no_grad()
     def held_out() -> float:
-        batches = [step_batches(data, STEPS + n, 1, 1, 0)[0] for n in range(HELD_OUT)]
-        total = sum(float(loss_sum(model, batch, rows)) for batch in batches)
-        return total / sum(batch.trained for batch in batches)
+        held = [batches.step(STEPS + n)[0] for n in range(HELD_OUT)]
+        total = sum(float(loss_sum(model, batch, rows)) for batch in held)
+        return total / sum(batch.trained for batch in held)
 
     before = held_out()
     lost = []
     for step in range(STEPS):
-        (batch,) = step_batches(data, step, 1, 1, 0)
+        (batch,) = batches.step(step)
         (loss_sum(model, batch, rows) / batch.trained).backward()
         optim.clip_gradients(parameters.values(), 1.0)
         last = step == STEPS - 1

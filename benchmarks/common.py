@@ -117,16 +117,54 @@ def machine() -> dict[str, Any]:
 
 def record(name: str, claim: str, result: Any) -> None:
     """Print a result and keep it, dated, in benchmarks/records/."""
-    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    content = {
-        "claim": claim,
-        "command": f"python benchmarks/{name}.py",
-        "date": today,
-        "machine": machine(),
-        "result": result,
-    }
-    RECORDS.mkdir(exist_ok=True)
-    path = RECORDS / f"{today}-{name}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _write(name, {"claim": claim, "machine": machine(), "result": result})
     print(json.dumps(result, indent=2))
-    print(f"recorded in {path.relative_to(CHECKOUT)}")
+
+
+def record_part(name: str, claim: str, part: str, figures: Any) -> None:
+    """Print a part of a benchmark and keep it beside the parts that the latest record has.
+
+    Every part has its own date and machine, under `measured`: what was not measured again stays as
+    old as it is.
+    """
+    latest = sorted(RECORDS.glob(f"????-??-??-{name}.json"))
+    result: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
+    if latest:
+        before = json.loads(latest[-1].read_text(encoding="utf-8"))
+        result = before["result"]
+        then = {"date": before["date"], "machine": before.get("machine")}
+        measured = {other: before.get("measured", {}).get(other, then) for other in result}
+    result[part] = figures
+    measured[part] = {"date": _today(), "machine": machine()}
+    _write(name, {"claim": claim, "measured": measured, "result": result})
+    print(part, json.dumps(figures, indent=2), flush=True)
+
+
+def public_data(what: str, *, required: bool) -> Path | None:
+    """The directory of public data sets that MS4_TEST_DATA names.
+
+    Args:
+        what: is skipped, and said to be, if there is none.
+        required: someone asked for it by name; then it is an error instead.
+    """
+    named = os.environ.get("MS4_TEST_DATA")
+    if named:
+        return Path(named)
+    text = f"{what}: MS4_TEST_DATA is not set; it names the directory that holds gsm8k/"
+    if required:
+        sys.exit(text)
+    print(f"skipped: {text}")
+    return None
+
+
+def _today() -> str:
+    return datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+
+
+def _write(name: str, content: dict[str, Any]) -> None:
+    RECORDS.mkdir(exist_ok=True)
+    path = RECORDS / f"{_today()}-{name}.json"
+    whole = {"command": f"python benchmarks/{name}.py", "date": _today(), **content}
+    path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    print(f"recorded in {path}")

@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from common import RECORDS, record, run
+from common import public_data, record_part, run
 from ms4.data.chat import Chat
 from ms4.data.conversation import parse_record
 from ms4.data.tekken import write_tekken
@@ -37,15 +38,21 @@ ROUNDS = 5
 """Each way takes its turn so often; the middle ratio counts."""
 SCALING_BYTES = 64 << 20
 MEMORY_BYTES = (256 << 20, 4 << 30)
+CLAIM = (
+    "tokens a second of one core: at least 5 times mistral-common's loop with masks on six turns "
+    "and more, at least 2 times its loop without masks on GSM8K; two processes at least 1.8 times "
+    "one; memory flat on a file of 4 GB"
+)
 Record = dict[str, Any]
 
 
 def texts() -> list[tuple[str, str]]:
     """Questions and answers of the public data."""
-    root = os.environ.get("MS4_TEST_DATA")
-    if root is None:
-        sys.exit("MS4_TEST_DATA: name the directory of the public data sets (gsm8k/train.jsonl).")
-    lines = (Path(root) / "gsm8k/train.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (
+        (Path(os.environ["MS4_TEST_DATA"]) / "gsm8k/train.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     return [(row["question"], row["answer"]) for row in map(json.loads, lines)]
 
 
@@ -297,31 +304,34 @@ def trl(directory: Path, python: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Run what is named, and record it."""
+    ways: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "encode": encode,
+        "scaling": scaling,
+        "memory": memory,
+    }
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help="encode, scaling, memory, trl")
     parser.add_argument("--trl", type=Path, help="a Python that has TRL")
     given = parser.parse_args()
-    parts = given.parts or ["encode", "scaling", "memory"]
-    latest = sorted(RECORDS.glob("*-data.json"))
-    result: dict[str, Any] = {}
-    if given.parts and latest:  # the parts that are not run again
-        result = json.loads(latest[-1].read_text(encoding="utf-8"))["result"]
+    if unknown := [part for part in given.parts if part not in {*ways, "trl"}]:
+        parser.error(f"{', '.join(unknown)}: no part; there are {', '.join(ways)} and trl")
+    if "trl" in given.parts and given.trl is None:
+        parser.error(
+            "trl: needs --trl PYTHON, a Python of a virtual environment that has trl, datasets and "
+            "mistral-common; nothing was run"
+        )
+    if given.trl is not None and not given.trl.is_file():
+        parser.error(f"--trl {given.trl}: no such file")
+    parts = given.parts or [*ways]
+    if public_data(", ".join(parts), required=bool(given.parts)) is None:
+        return
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         for part in parts:
-            if part == "trl":
-                result[part] = trl(directory, given.trl)
-            else:
-                ways = {"encode": encode, "scaling": scaling, "memory": memory}
-                result[part] = ways[part](directory)
-            print(part, json.dumps(result[part]), flush=True)
-    record(
-        "data",
-        "tokens a second of one core: at least 5 times mistral-common's loop with masks on six "
-        "turns and more, at least 2 times its loop without masks on GSM8K; two processes at least "
-        "1.8 times one; memory flat on a file of 4 GB",
-        result,
-    )
+            figures = trl(directory, given.trl) if part == "trl" else ways[part](directory)
+            record_part("data", CLAIM, part, figures)
+    if not given.parts:
+        print("skipped: trl: it needs --trl PYTHON")
 
 
 if __name__ == "__main__":

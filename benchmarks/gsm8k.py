@@ -7,13 +7,12 @@ names a checkpoint to start from; without one the tiny model is made first.
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import make_project, record, run
+from common import make_project, public_data, record, run
 
 TRAIN, TEST = 500, 50
 
@@ -50,14 +49,14 @@ def answers(values: dict[str, Any], place: Path, source: str) -> None:
 
 def main() -> None:
     """Run the pipeline and record that the loss falls."""
-    data = os.environ.get("MS4_TEST_DATA")
-    if not data:
-        sys.exit("MS4_TEST_DATA is not set: it names the directory that holds gsm8k/.")
+    data = public_data("gsm8k", required=False)
+    if data is None:
+        return
     source = str(Path(sys.argv[1]).resolve()) if len(sys.argv) > 1 else "tiny"
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        convert(Path(data) / "gsm8k/train.jsonl", place / "train.jsonl", TRAIN)
-        convert(Path(data) / "gsm8k/test.jsonl", place / "test.jsonl", TEST)
+        convert(data / "gsm8k/train.jsonl", place / "train.jsonl", TRAIN)
+        convert(data / "gsm8k/test.jsonl", place / "test.jsonl", TEST)
         project = make_project(place / "gsm8k", lambda values: answers(values, place, source))
         spent = run(project, "snakemake", "--profile", "local")
         evaluation = json.loads((project / "results/evaluation.json").read_text())

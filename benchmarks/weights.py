@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 import synthetic
-from common import RECORDS, peak_gib, record
+from common import peak_gib, record_part
 
 PAIRS = 5
 LAYERS = 7
@@ -302,7 +302,7 @@ def _checkpoint(place: Path, layers: int) -> Path:
 
 
 def main(parts: list[str]) -> None:
-    """Measure the named parts, or all, and keep them beside those that today's record has."""
+    """Measure the named parts, or all, each recorded with its own date."""
     places: dict[str, Callable[[Path], dict[str, Any]]] = {
         "kernel": lambda _: kernel(),
         "descale": descale,
@@ -310,12 +310,11 @@ def main(parts: list[str]) -> None:
         "transformers": transformers,
         "load": load,
     }
-    latest = sorted(RECORDS.glob("*-weights.json"))
-    result = json.loads(latest[-1].read_text())["result"] if parts and latest else {}
+    if unknown := [part for part in parts if part not in places]:
+        sys.exit(f"{', '.join(unknown)}: no part of this benchmark; it has {', '.join(places)}.")
     with tempfile.TemporaryDirectory() as directory:
         for part in parts or places:
-            result[part] = places[part](Path(directory))
-            record("weights", CLAIM, result)
+            record_part("weights", CLAIM, part, places[part](Path(directory)))
 
 
 if __name__ == "__main__":

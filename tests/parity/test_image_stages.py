@@ -60,7 +60,12 @@ def test_images_are_stored_once_and_trained_with(checkpoint, with_images):
     assert str(IMAGES) in {entry["path"] for entry in made["files"]}
     store = ImageStore(IMAGES)
     assert len(store) == 4
-    assert made["train"]["images"]["distinct"] == 4
+    images = made["train"]["images"]
+    assert images["distinct"] == 4
+    # Breaks included; without the cap the larger ones would take more.
+    shown = [store.grids[image] for number in range(6) for image in store.document(number)]
+    assert images["image_tokens"] == sum((columns + 1) * rows for columns, rows in shown)
+    assert images["image_tokens_uncapped"] > images["image_tokens"]
     assert [store.document(number) for number in range(6)] == [[0], [], [1, 2], [2, 0], [3], [0]]
     data = load_packed(PACKED)
     for number in range(data.documents):

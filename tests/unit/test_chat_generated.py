@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -85,21 +84,15 @@ def check(chat: Chat, mistral: Any, record: Record, effort: Effort) -> None:
 
 
 def check_images(encoded: Any, messages: list[Record]) -> None:
-    """Every image stands where its tokens are, and cutting keeps those before the cut."""
+    """The images are in the order of their tokens."""
     shown = sum(part["type"] == "image_url" for m in messages for part in m["content"])
     assert len(encoded.images) == shown
-    ends = np.flatnonzero(encoded.tokens == 13)
-    for image, end in zip(encoded.images, ends.tolist(), strict=True):
+    written = [token for token in encoded.tokens.tolist() if token in (10, 12, 13)]
+    for image in encoded.images:
         columns, rows = image.grid
-        tokens = encoded.tokens[image.at : end + 1]
-        assert tokens.tolist() == [*(([10] * columns + [12]) * rows)[:-1], 13]
-        assert len(tokens) == image.tokens
-    end = int(encoded.turn_ends[0])
-    cut = encoded.cut(end)
-    assert cut.tokens.tolist() == encoded.tokens[:end].tolist()
-    assert cut.trained.sum() == encoded.trained[:end].sum()
-    assert len(cut.images) == (ends < end).sum()
-    assert cut.turn_ends.tolist() == [end]
+        tokens, written = written[: image.tokens], written[image.tokens :]
+        assert tokens == [*(([10] * columns + [12]) * rows)[:-1], 13]
+    assert not written
 
 
 def check_changes(chat: Chat, encoded: Any, record: Record, turns: list[list[Record]]) -> None:
@@ -210,7 +203,7 @@ maskings = st.builds(
 
 
 def test_masks_of_every_kind(chat: Chat, mistral: Any) -> None:
-    refused, kept = [], []
+    seen = set()
 
     @settings(
         deadline=None,
@@ -230,22 +223,16 @@ def test_masks_of_every_kind(chat: Chat, mistral: Any) -> None:
         spans = spans_by_prefixes(mistral, record, "high")
         tokens = chat.encode_slowly(conversation, "high").tolist()
         expected = expected_mask(chat, tokens, spans, masking, weights)
-        if not any(expected):
-            with pytest.raises(SampleFault, match="nothing of it would be trained"):
-                chat.encode(conversation, "high", masking)
-            refused.append(1)
-            return
         encoded = chat.encode(conversation, "high", masking)
         assert encoded.tokens.tolist() == tokens
         assert encoded.trained.tolist() == expected
         # Never outside the assistant's turns.
         outside = mask_of(len(tokens), spans) == 0
         assert not encoded.trained[outside].any()
-        kept.append(1)
+        seen.add(any(expected))
 
     each()
-    assert refused
-    assert kept
+    assert seen == {True, False}
 
 
 def test_weights_that_differ_within_a_turn_are_a_fault(chat: Chat) -> None:
@@ -286,7 +273,3 @@ def test_long_runs_go_the_way_that_ends_in_an_error(chat: Chat, mistral: Any) ->
             }
             tokens = chat.encode(conversation_of(record), "none").tokens
             assert tokens.tolist() == reference(mistral, record, record["messages"], "none")
-
-
-def test_a_worker_loads_the_tokenizer_again(chat: Chat, tekken: Path) -> None:
-    assert chat.__reduce__() == (Chat, (tekken, 1540))

@@ -230,7 +230,7 @@ def test_images_in_parts() -> None:
     assert part(type="image_url", image_url={"url": "data:image/png;base64,aGk="}) == [
         Image("base64", "aGk=")
     ]
-    assert part(type="image_url", image_url="file:///a.png") == [Image("path", "/a.png")]
+    assert part(type="image_url", image_url="file:///a.png") == [Image("url", "file:///a.png")]
 
 
 def test_images_beside_the_messages() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from ms4.data.tekken import write_tekken
+from ms4.manifest import file_entry, write_manifest
 
 COMMIT = "a" * 40
 BLOB = "b" * 40
@@ -114,6 +115,29 @@ def data(entry: str, endpoint: str, tekken: Path, home: Path) -> tuple[int, dict
     return done.returncode, json.loads(done.stdout)
 
 
+def preprocess(
+    section: dict[str, Any], endpoint: str, tekken: Path, project: Path
+) -> subprocess.CompletedProcess[str]:
+    """The stage in a project with this `data`."""
+    write_manifest(
+        project / "weights/source.json",
+        "fetch",
+        config_hash="",
+        inputs=[],
+        files=[file_entry(tekken, tekken.parent)],
+        directory=str(tekken.parent),
+    )
+    (project / "config.yaml").write_text(json.dumps({"data": section}))
+    return subprocess.run(
+        [sys.executable, "-m", "ms4", "preprocess", "--config", "config.yaml"],
+        cwd=project,
+        env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(project / "home")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.parametrize(("split", "samples"), [("", 5), ("#train", 5), ("#test", 2)])
 def test_a_data_set_by_id_revision_and_split(
     split: str, samples: int, hub: str, tekken: Path, tmp_path: Path
@@ -127,6 +151,14 @@ def test_a_data_set_by_id_revision_and_split(
     )
 
 
+def test_a_hub_that_does_not_answer_is_one_fault(tekken: Path, tmp_path: Path) -> None:
+    entry = "hub:owner/name@v1"
+    done = preprocess({"train": [entry]}, "http://127.0.0.1:9", tekken, tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert f"{entry}: cannot be read on after 0 rows (" in done.stderr
+
+
 @pytest.mark.parametrize("entry", ["hub:owner/name@v2", "hub:owner/name@v1#none", "hub:a/b@v1"])
 def test_what_is_not_there_is_one_fault(entry: str, hub: str, tekken: Path, tmp_path: Path) -> None:
     code, found = data(entry, hub, tekken, tmp_path)
@@ -135,3 +167,13 @@ def test_what_is_not_there_is_one_fault(entry: str, hub: str, tekken: Path, tmp_
     assert (fault["file"], fault["line"]) == (entry, None)
     assert fault["reason"].startswith("cannot be read on after 0 rows (")
     assert fault["reason"].endswith("; check its id, revision and split, and the network")
+
+
+def test_the_commit_of_a_branch_is_recorded(hub: str, tekken: Path, tmp_path: Path) -> None:
+    """In results/data.json, of training data and of held-out sets; and it is what is read."""
+    train, test = "hub:owner/name@v1", "hub:owner/name@v1#test"
+    done = preprocess({"train": [train], "test": {"t": test}}, hub, tekken, tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = json.loads((tmp_path / "results/data.json").read_text())
+    assert made["hub"] == {train: COMMIT, test: COMMIT}
+    assert (made["train"]["samples"], made["test"]["t"]["samples"]) == (5, 2)

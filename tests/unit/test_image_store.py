@@ -7,10 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -92,7 +95,7 @@ def test_what_is_no_store(tmp_path: Path) -> None:
     write(whole)
     for content in (b"", b"junk" * 3000, whole.read_bytes()[:5000]):
         (tmp_path / "bad").write_bytes(content)
-        with pytest.raises(Ms4Error, match="not a store of images; run `ms4 preprocess` again"):
+        with pytest.raises(Ms4Error, match="damaged or cut short; run `ms4 preprocess` again"):
             ImageStore(tmp_path / "bad")
 
 
@@ -157,19 +160,49 @@ def test_many_kills(tmp_path: Path) -> None:
     _kills(tmp_path, 40)
 
 
+def test_a_killed_worker_is_one_error(tmp_path: Path) -> None:
+    """kill -9 of a process that scales, as the kernel does it where memory is short."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed:
+            for child in psutil.Process().children():
+                with suppress(psutil.Error):
+                    if any("spawn_main" in word for word in child.cmdline()):
+                        child.kill()
+                        killed.append(child.pid)
+                        return
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    with pytest.raises(Ms4Error, match=r"s: a process that scales images was killed, .*memory"):
+        write(tmp_path / "s", workers=2)
+    thread.join(10)
+    assert killed
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_opencv(tmp_path: Path) -> None:
+    """Tokens need none; a store says so before it begins."""
     code = (
-        "import sys, json; sys.modules['cv2'] = None\n"
-        "from ms4.data.images import encoded_image, pixels\n"
+        "import sys, json, pathlib; sys.modules['cv2'] = None\n"
+        "from ms4.data.image_store import ImageStoreWriter\n"
+        "from ms4.data.images import encoded_image\n"
         "from ms4.errors import Ms4Error\n"
         "from tests.chat_reference import png\n"
         "tokens = encoded_image(png(30, 30), 1540).tokens\n"
-        "try: pixels(png(30, 30), 1540)\n"
+        "try: ImageStoreWriter(pathlib.Path(sys.argv[1]), 1540)\n"
         "except Ms4Error as error: print(json.dumps([tokens, str(error)]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ}
+        [sys.executable, "-c", code, str(tmp_path / "s")],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ},
     )
     tokens, message = json.loads(done.stdout)
     assert tokens == 6
     assert "opencv, which is not installed: pip install opencv-python-headless" in message
+    assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 
 from ms4.data import images
-from ms4.data.conversation import Conversation, Image, Message, Part
+from ms4.data.conversation import Conversation, Image, Message, Part, parse_image
 from ms4.data.faults import SampleFault
 from ms4.data.images import ImageRules, encoded_image, grid_of, open_image, pixels, resolve
 from tests.chat_reference import png
@@ -172,13 +172,8 @@ def test_images_are_seen_upright(orientation: int, form: str) -> None:
 
 def test_what_a_smaller_cap_saves() -> None:
     shown = [encoded_image(png(*size), 280) for size in ((560, 280), (100, 100), (560, 560))]
-    assert images.token_report(shown, 280) == {
-        "images": 3,
-        "tokens": 5 * 11 + 4 * 5 + 10 * 11,
-        "tokens_uncapped": 10 * 21 + 4 * 5 + 20 * 21,
-        "scaled": 2,
-        "largest": 110,
-    }
+    assert [image.tokens for image in shown] == [5 * 11, 4 * 5, 10 * 11]
+    assert [image.tokens_uncapped for image in shown] == [10 * 21, 4 * 5, 20 * 21]
 
 
 # Where images may come from.
@@ -187,11 +182,18 @@ def test_what_a_smaller_cap_saves() -> None:
 def test_paths_are_relative_to_the_data_file(data_file: Path) -> None:
     home = data_file.parent
     for path in ("a.png", "./sub/../a.png", str(home / "a.png"), f"file://{home}/a.png"):
-        assert taken(Image("path", path), data_file) == (home / "a.png").read_bytes()
-        assert taken(Image("url", path), data_file) == (home / "a.png").read_bytes()
+        image = parse_image(path, "here")
+        assert taken(image, data_file) == (home / "a.png").read_bytes()
     second = (home / "sub" / "b ü.png").read_bytes()
-    assert taken(Image("path", "sub/b ü.png"), data_file) == second
-    assert taken(Image("url", f"file://localhost{home}/sub/b%20%C3%BC.png"), data_file) == second
+    for path in (
+        "sub/b ü.png",
+        f"file://{home}/sub/b%20%C3%BC.png",
+        f"FILE://localhost{home}/sub/b%20%C3%BC.png",
+    ):
+        assert taken(parse_image(path, "here"), data_file) == second
+    # In a path that is no address, a percent sign is one.
+    (home / "50%20.png").write_bytes(second)
+    assert taken(parse_image("50%20.png", "here"), data_file) == second
 
 
 def test_other_roots_are_opened_only_if_they_are_named(data_file: Path) -> None:
@@ -218,8 +220,7 @@ def test_other_roots_are_opened_only_if_they_are_named(data_file: Path) -> None:
     ],
 )
 def test_nothing_outside_is_opened(path: str, data_file: Path) -> None:
-    kind: Any = "url" if "://" in path else "path"
-    refused(Image(kind, path), data_file, "leads out of the data's directory")
+    refused(parse_image(path, "here"), data_file, "leads out of the data's directory")
 
 
 def test_links_do_not_lead_outside(data_file: Path) -> None:
@@ -263,16 +264,20 @@ def test_base64_and_data_uris(data_file: Path) -> None:
     for image in (
         Image("base64", text),
         Image("base64", broken),
-        Image("url", f"data:image/png;base64,{text}"),
-        Image("path", f"DATA:;base64,{text}"),
-        Image("url", "data:image/png;base64," + text.replace("+", "%2B").replace("=", "%3D")),
-        Image("url", "data:image/png," + "".join(f"%{byte:02x}" for byte in raw)),
+        parse_image(f"data:image/png;base64,{text}", "here"),
+        parse_image(f"DATA:;BASE64,{text}", "here"),
+        parse_image({"base64": f"Data:image/png;base64,{text}"}, "here"),
+        parse_image(
+            "data:image/png;base64," + text.replace("+", "%2B").replace("=", "%3D"), "here"
+        ),
         Image("bytes", raw),
     ):
         assert taken(image, data_file) == raw
     refused(Image("base64", text[:-3] + "!!!"), data_file, "not valid base64")
     refused(Image("base64", text[:-7]), data_file, "not valid base64|damaged")
-    refused(Image("url", "data:image/png;base64" + text), data_file, "no comma")
+    for uri in (f"data:image/png;base64{text}", "data:image/png,%00", "data:;base64,"):
+        with pytest.raises(SampleFault, match="here: a data URI without `;base64,` and data"):
+            parse_image(uri, "here")
     refused(Image("base64", "A" * (images.MAX_BYTES * 2)), data_file, "more than 64 MiB")
     refused(Image("base64", ""), data_file, "an image is empty")
     refused(Image("bytes", bytes(images.MAX_BYTES + 1)), data_file, "more than 64 MiB")
@@ -322,12 +327,11 @@ def web() -> Iterator[str]:
 
 def test_nothing_is_fetched_unless_that_is_allowed(web: str, data_file: Path) -> None:
     for address in (f"{web}/a.png", f"{web.upper()}/a.png", "https://127.0.0.1:1/a.png"):
-        for kind in ("url", "path"):
-            image = Image(kind, address)  # type: ignore[arg-type]
-            refused(image, data_file, r"would have to be fetched.*data\.images\.allow_http")
+        image = parse_image(address, "here")
+        refused(image, data_file, r"would have to be fetched.*data\.images\.allow_http")
     assert Handler.asked == []
-    refused(Image("url", "ftp://127.0.0.1/a.png"), data_file, "neither http nor a file")
-    refused(Image("url", "file://server/a.png"), data_file, "names another machine")
+    refused(parse_image("ftp://127.0.0.1/a.png", "here"), data_file, "neither http nor a file")
+    refused(parse_image("file://server/a.png", "here"), data_file, "names another machine")
 
 
 def test_fetching(web: str, data_file: Path) -> None:

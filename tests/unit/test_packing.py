@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms4.data.packing import Order, epoch_order, fill, pack, share
+from ms4.data.packing import Order, epoch_order, pack, share
 
 
 def loads(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -110,16 +110,10 @@ def chat_sized(kind: str, count: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["questions", "conversations", "thinking", "all"])
 def test_bins_of_8192_are_98_percent_full(kind: str, count: int, seed: int) -> None:
     lengths = chat_sized(kind, count, seed)
-    assert fill(lengths, *pack(lengths, 8192), 8192) >= 0.98
-
-
-def test_fill_leaves_the_last_bin_out() -> None:
-    lengths = np.array([8, 8, 1], dtype=np.int64)
-    assert fill(lengths, *pack(lengths, 8), 8) == 1.0
-    assert fill(lengths[2:], *pack(lengths[2:], 8), 8) == 1 / 8
-    assert fill(lengths[:0], *pack(lengths[:0], 8), 8) == 0.0
-    lengths = np.array([6, 5, 5], dtype=np.int64)
-    assert fill(lengths, *pack(lengths, 8), 8) == 11 / 16
+    documents, starts = pack(lengths, 8192)
+    tokens = np.add.reduceat(lengths[documents], starts[:-1])
+    # The last bin takes what is left over, however little that is.
+    assert (tokens.sum() - tokens.min()) / ((len(tokens) - 1) * 8192) >= 0.98
 
 
 def test_documents_by_themselves() -> None:

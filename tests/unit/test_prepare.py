@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 
 from ms4 import config, manifest
-from ms4.data import dataset, prepare
+from ms4.data import dataset, prepare, split
 from ms4.data.chat import Chat, Masking
 from ms4.data.conversation import parse_record
 from ms4.data.dataset import load_packed, read_test, run_stage
 from ms4.data.packed import PackedData
 from ms4.data.tekken import write_tekken
 from ms4.errors import Ms4Error
+from tests.chat_reference import png
 
 Record = dict[str, Any]
 
@@ -339,63 +340,6 @@ def test_earlier_thinking_is_dropped(chat: Chat) -> None:
     assert text.endswith("[THINK]thought 2[/THINK]answer 2</s>")
 
 
-# Lengths.
-
-
-def test_a_sample_is_truncated_after_a_turn(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
-    record = three_turns()
-    whole = chat.encode(parse_record(record), "high")
-    for length, turns in ((len(whole.tokens), 3), (len(whole.tokens) - 1, 2)):
-        write("train.jsonl", record)
-        run_stage(configure(sequence_length=length, too_long="truncate"))
-        shorter = {"messages": record["messages"][: 2 * turns]}
-        expected = chat.encode(parse_record(shorter), "high")
-        tokens, trained = packed().document(0)
-        assert tokens.tolist() == expected.tokens.tolist()
-        assert trained.tolist() == expected.trained.tolist()
-        assert result()["train"]["truncated"] == (turns < 3)
-    assert "truncated after a turn: 1 sample" in capsys.readouterr().out
-
-
-def test_truncation_ends_with_a_turn_of_its_effort(chat: Chat) -> None:
-    record = three_turns()
-    record["messages"][3]["reasoning"] = None
-    length = len(chat.encode(parse_record(record), "high").tokens) - 1
-    write("train.jsonl", record)
-    run_stage(configure(sequence_length=length, too_long="truncate"))
-    assert chat.decode(packed().document(0)[0]).endswith("[THINK]thought 0[/THINK]answer 0</s>")
-
-
-def test_what_cannot_be_truncated_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    write("train.jsonl", sample("a", "b " * 50), sample("a", "b"))
-    run_stage(configure(sequence_length=32, too_long="truncate"))
-    train = result()["train"]
-    assert (train["samples"], train["dropped"], train["truncated"]) == (1, 1, 0)
-    assert "no turn of the assistant ends within data.sequence_length 32" in (
-        Path("data/faults.txt").read_text()
-    )
-
-
-def test_plain_text_is_cut_into_pieces(chat: Chat) -> None:
-    text = "Once upon a time there was a cat. " * 20
-    write("train.jsonl", {"text": text}, {"text": "short"})
-    run_stage(configure(sequence_length=64))
-    whole = documents()
-    assert [token for document in whole[:-1] for token in document] == (
-        chat.encode(parse_plain(text), "none").tokens.tolist()
-    )
-    assert max(map(len, whole)) == 64
-    train = result()["train"]
-    assert (train["samples"], train["documents"]) == (2, len(whole))
-    assert train["by_kind"]["plain text"]["samples"] == 2
-
-
-def parse_plain(text: str) -> Any:
-    from ms4.data.conversation import Conversation
-
-    return Conversation(messages=(), plain=text)
-
-
 # Faults.
 
 
@@ -444,7 +388,7 @@ def test_images_are_refused_where_only_text_trains() -> None:
     with pytest.raises(Ms4Error) as caught:
         run_stage(configure(test={"t": "test.jsonl"}))
     assert "train.jsonl:1: holds images, and data.modality is `text`; remove" in str(caught.value)
-    assert "test.jsonl:1: holds images, which evaluation does not take; rem" in str(caught.value)
+    assert "test.jsonl:1: holds images, and evaluation takes text alone; rem" in str(caught.value)
 
 
 def test_policies_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -488,3 +432,25 @@ def test_a_sample_that_stands_twice_is_held_out_twice(project: Path) -> None:
     assert found["train"]["held_out"] > 0
     assert found["train"]["held_out"] % 2 == 0
     assert found["train"]["samples"] + found["train"]["held_out"] == 80
+
+
+def test_images_are_not_held_out(project: Path) -> None:
+    """The share cannot be taken of them, and the fault says what to set."""
+    (project / "a.png").write_bytes(png(30, 30))
+    records = [sample(str(n), "b") for n in range(40)]
+    for record in records:
+        record["messages"][0]["content"] = [
+            {"type": "image", "path": "a.png"},
+            {"type": "text", "text": record["messages"][0]["content"]},
+        ]
+    held_out = [
+        number
+        for number, record in enumerate(records, 1)
+        if split.held_out(parse_record(record).key(), 0.2)
+    ]
+    assert 0 < len(held_out) <= 20
+    write("train.jsonl", *records)
+    with pytest.raises(Ms4Error) as caught:
+        run_stage(configure(holdout=0.2, modality="text_vision"))
+    why = "holds images, and evaluation takes text alone; set data.holdout to 0"
+    assert str(caught.value).splitlines()[1:] == [f"  train.jsonl:{n}: {why}" for n in held_out]

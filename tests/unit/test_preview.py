@@ -24,6 +24,7 @@ from ms4.data.faults import LISTED
 from ms4.data.histogram import by_fill, by_length, histogram
 from ms4.data.packing import pack
 from ms4.data.tekken import write_tekken
+from tests.chat_reference import png
 
 Record = dict[str, Any]
 
@@ -67,6 +68,26 @@ def data(tekken: Path, capsys: pytest.CaptureFixture[str]) -> Any:
         return code, captured.out, captured.err
 
     return run
+
+
+def test_what_a_cap_of_images_saves(data: Any) -> None:
+    for name, size in (("a.png", (560, 280)), ("b.png", (100, 100))):
+        Path(name).write_bytes(png(*size))
+    question = [{"type": "text", "text": "?"}, *({"type": "image", "path": p} for p in "ab")]
+    for part in question[1:]:
+        part["path"] += ".png"
+    answer = {"role": "assistant", "content": "!"}
+    write("a.jsonl", {"messages": [{"role": "user", "content": question}, answer]})
+    uncapped = 10 * 21 + 4 * 5
+    for cap, tokens in ((280, 5 * 11 + 4 * 5), (1540, uncapped)):
+        arguments = ("--set", f"data.images.max_size={cap}", "a.jsonl")
+        _, out, _ = data("--json", *arguments)
+        found = json.loads(out)
+        assert (found["images"], found["image_tokens"]) == (2, tokens)
+        assert found["image_tokens_uncapped"] == uncapped
+        _, out, _ = data(*arguments)
+        assert f"2 images of {tokens} tokens" in out
+        assert (f"({uncapped} if data.images.max_size did not cap them)" in out) == (cap == 280)
 
 
 def test_what_the_json_says(data: Any, chat: Chat) -> None:

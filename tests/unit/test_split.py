@@ -70,7 +70,6 @@ def test_near_duplicates_are_found_and_others_are_not() -> None:
     index = NearDuplicates()
     for number, text in enumerate(texts):
         index.add(f"set:{number}", signature(text))
-    assert len(index) == 300
     for number, text in enumerate(texts):
         words = text.split()
         words[dice.randrange(len(words))] = "another"

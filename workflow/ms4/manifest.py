@@ -96,12 +96,13 @@ def read_json(path: Path) -> Any:
         raise Ms4Error(f"{path}: not valid JSON ({error}). Remove it and run again.") from error
 
 
-def file_entry(path: Path, base: Path) -> dict[str, Any]:
-    """The manifest's entry of one payload file: path relative to `base`, size in bytes, SHA-256."""
+def file_entry(path: Path, base: Path, sha256: str | None = None) -> dict[str, Any]:
+    """The manifest's entry of one payload file: path relative to `base`, size in bytes, SHA-256
+    (the file is read for it unless it is given)."""
     return {
         "path": path.relative_to(base).as_posix(),
         "size": path.stat().st_size,
-        "sha256": sha256_file(path),
+        "sha256": sha256 or sha256_file(path),
     }
 
 

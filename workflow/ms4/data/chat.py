@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -78,16 +78,6 @@ class Encoded:
         """The tokens before the assistant's last turn."""
         return self.tokens[: self.last_turn]
 
-    def cut(self, end: int) -> Encoded:
-        """The conversation up to position `end`, one of `turn_ends`."""
-        return replace(
-            self,
-            tokens=self.tokens[:end],
-            trained=self.trained[:end],
-            turn_ends=self.turn_ends[self.turn_ends <= end],
-            images=tuple(image for image in self.images if image.at < end),
-        )
-
 
 class _GridEncoder(ImageEncoder):
     """Writes an image's tokens by its grid alone; the pixels are prepared elsewhere."""
@@ -120,7 +110,7 @@ class Chat:
         Raises:
             Ms4Error: it is not a tokenizer of this model's version.
         """
-        self._path, self._max_image = path, max_image
+        self._max_image = max_image
         try:
             mistral = MistralTokenizer.from_file(path, mode=ValidationMode.agnostic)
         except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
@@ -164,10 +154,6 @@ class Chat:
             else None
         )
 
-    def __reduce__(self) -> tuple[type[Chat], tuple[Path, int]]:
-        """Worker processes load the file again."""
-        return Chat, (self._path, self._max_image)
-
     @property
     def vocabulary(self) -> int:
         """Number of token ids."""
@@ -176,7 +162,7 @@ class Chat:
     def encode(
         self, conversation: Conversation, effort: Effort, masking: Masking | None = None
     ) -> Encoded:
-        """Token ids of the whole conversation, and which of them are trained.
+        """Token ids of the whole conversation, and which of them are trained: none, maybe.
 
         Args:
             conversation: its images resolved to their bytes (`images.resolve`).
@@ -184,7 +170,7 @@ class Chat:
             masking: what of the assistant's turns is trained; None: everything.
 
         Raises:
-            SampleFault: mistral-common refuses the conversation, or nothing of it is trained.
+            SampleFault: mistral-common refuses the conversation.
         """
         if conversation.plain is not None:
             return self._encode_plain(conversation.plain)
@@ -192,27 +178,13 @@ class Chat:
         tokens, order = self._encode(conversation, effort, [image.grid for image in images])
         weights = _turn_weights(conversation)
         trained, turn_ends = self._masks.find(tokens, masking or Masking(), weights)
-        if (masking is not None or weights is not None) and not trained.any():
-            raise SampleFault(
-                "nothing of it would be trained: its turns have weight 0, or hold only what "
-                "data.untrained or data.earlier_thinking leaves out; remove it"
-            )
-        if images:
-            starts = self._image_starts(tokens)
-            images = [
-                replace(images[number], at=start)
-                for number, start in zip(order, starts, strict=True)
-            ]
-        return Encoded(tokens, trained, turn_ends, tuple(images), changes(conversation))
-
-    def encode_prompt(self, conversation: Conversation, effort: Effort) -> list[int]:
-        """Token ids up to where the model begins to write the last assistant turn.
-
-        Raises:
-            SampleFault: mistral-common refuses the conversation.
-        """
-        prompt: list[int] = self.encode(conversation, effort).prompt.tolist()
-        return prompt
+        return Encoded(
+            tokens,
+            trained,
+            turn_ends,
+            tuple(images[number] for number in order),
+            changes(conversation),
+        )
 
     def encode_slowly(self, conversation: Conversation, effort: Effort) -> npt.NDArray[np.int32]:
         """Token ids by mistral-common's own code alone: what the fast way is tested against.
@@ -252,20 +224,6 @@ class Chat:
                 raise TypeError("images must be resolved before they are encoded")
             images.append(encoded_image(part.image.value, self._max_image))
         return images
-
-    def _image_starts(self, tokens: npt.NDArray[np.int32]) -> list[int]:
-        """Where each image's tokens begin."""
-        if self._grid_encoder is None:
-            return []
-        ids = self._grid_encoder.special_ids
-        inside = (tokens == ids.img) | (tokens == ids.img_break) | (tokens == ids.img_end)
-        ends = np.flatnonzero(tokens == ids.img_end)
-        starts, before = [], -1
-        for end in ends.tolist():
-            start = before + 1 + int(np.argmax(inside[before + 1 : end + 1]))
-            starts.append(start)
-            before = end
-        return starts
 
     def _encode(
         self, conversation: Conversation, effort: Effort, grids: list[Grid]

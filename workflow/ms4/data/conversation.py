@@ -17,6 +17,7 @@ import json
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, get_args
+from urllib.parse import unquote
 
 from ms4.config_data import EFFORTS, Effort, Role
 from ms4.data.faults import SampleFault
@@ -33,7 +34,8 @@ class Image:
     """Where an image's bytes are, as the record says it; nothing of it is opened here."""
 
     kind: Literal["path", "url", "base64", "bytes"]
-    """`base64`: the text behind the comma of a data URI, or alone."""
+    """`base64`: the text behind the comma of a data URI, or alone. `url`: with its scheme, `file`
+    among them."""
     value: str | bytes
 
 
@@ -87,6 +89,10 @@ class Message:
         """Its text without thinking."""
         return "".join(part.text for part in self.parts if part.kind == "text")
 
+    def without_thinking(self) -> Message:
+        """The same message as it goes without thinking."""
+        return replace(self, parts=tuple(p for p in self.parts if p.kind != "thinking"))
+
     def to_openai(self) -> dict[str, Any]:
         """A fresh dictionary in OpenAI's form, which mistral-common may change."""
         content = [_openai_part(part) for part in self.parts]
@@ -134,13 +140,7 @@ class Conversation:
 
     def without_thinking(self) -> Conversation:
         """The same conversation as it goes without thinking in any turn."""
-        return replace(
-            self,
-            messages=tuple(
-                replace(message, parts=tuple(p for p in message.parts if p.kind != "thinking"))
-                for message in self.messages
-            ),
-        )
+        return replace(self, messages=tuple(m.without_thinking() for m in self.messages))
 
     def all_trained(self) -> Conversation:
         """The same conversation without weights."""
@@ -352,14 +352,12 @@ def parse_image(value: object, where: str) -> Image:
     if isinstance(value, bytes) and value:
         return Image("bytes", value)
     if isinstance(value, str) and value.strip():
-        if value.startswith("data:"):
+        if _is_data_uri(value):
             head, comma, data = value.partition(",")
-            if not (comma and head.endswith(";base64") and data):
+            if not (comma and head.lower().endswith(";base64") and data):
                 raise SampleFault(f"{where}: a data URI without `;base64,` and data; write it so")
-            return Image("base64", data)
-        if value.startswith(("http://", "https://")):
-            return Image("url", value)
-        return Image("path", value.removeprefix("file://"))
+            return Image("base64", unquote(data) if "%" in data else data)
+        return Image("url" if "://" in value[:20] else "path", value)
     if isinstance(value, dict):
         names = ("image_url", "image", "bytes", "base64", "url", "path")
         given = [name for name in names if value.get(name) not in (None, "", b"", {})]
@@ -367,13 +365,17 @@ def parse_image(value: object, where: str) -> Image:
             given = ["bytes"]
         if len(given) == 1:
             inner = value[given[0]]
-            if given[0] == "base64" and isinstance(inner, str) and not inner.startswith("data:"):
+            if given[0] == "base64" and isinstance(inner, str) and not _is_data_uri(inner):
                 return Image("base64", inner)
             if given[0] != "bytes" or isinstance(inner, bytes):
                 return parse_image(inner, where)
     raise SampleFault(
         f"{where}: an image without one `path`, `url`, `base64` or `bytes`; give its source"
     )
+
+
+def _is_data_uri(value: str) -> bool:
+    return value[:5].lower() == "data:"
 
 
 def _thinking_part(part: dict[str, Any], where: str) -> Part:

@@ -50,6 +50,7 @@ from ms4.data.render import EXAMPLE_CHARACTERS as EXAMPLE_CHARACTERS
 from ms4.data.render import count
 from ms4.data.render import render_example as render_example
 from ms4.data.sources import Source, expand
+from ms4.data.tables import pinned
 from ms4.data.tally import Tally
 from ms4.errors import Ms4Error
 
@@ -73,6 +74,7 @@ class _HeldOut:
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     places: dict[bytes, str] = field(default_factory=dict)
     near: split.NearDuplicates = field(default_factory=split.NearDuplicates)
+    sources: list[Source] = field(default_factory=list)
 
     def add(self, chat: Chat, name: str, place: str, line: int, conversation: Conversation) -> None:
         """Write a sample in every effort.
@@ -115,7 +117,8 @@ def _read_held_out(
 ) -> None:
     for name, path in data.test.items():
         held_out.counts[name] = {"samples": 0, "tokens": 0}
-        for source in expand([path]):
+        for source in map(pinned, expand([path])):
+            held_out.sources.append(source)
             format, rows = looked_at(source, data, on_bytes)
             reading = Reading.of(format, data)
             for row in rows:
@@ -131,7 +134,8 @@ def _test_samples(chat: Chat, name: str, line: int, conversation: Conversation) 
     if conversation.plain is not None:
         raise SampleFault("plain text has no answer to compare with; give conversations")
     if conversation.images:
-        raise SampleFault("holds images, which evaluation does not take; remove the sample")
+        mend = "set data.holdout to 0" if name == HOLDOUT else "remove the sample"
+        raise SampleFault(f"holds images, and evaluation takes text alone; {mend}")
     check_order(conversation)
     conversation = conversation.all_trained()
     plain = conversation.without_thinking()
@@ -333,6 +337,8 @@ def _print_statement(
     )
     if other := training.tally.dropped - training.tally.too_long:
         lines.append(f"dropped for other reasons: {count(other, 'record')} (in {FAULTS})")
+    if training.tally.images:
+        lines.append(image_tokens(training.tally))
     lines += statements(training.tally, length)
     if near := train["near_duplicates"]["count"]:
         worst = train["near_duplicates"]["first"][0]
@@ -374,6 +380,14 @@ def statements(tally: Tally, length: int) -> list[str]:
     return lines
 
 
+def image_tokens(tally: Tally) -> str:
+    """How many tokens the images take, and what their cap saves."""
+    text = f"{count(tally.images, 'image')} of {count(tally.image_tokens, 'token')}"
+    if tally.image_tokens_uncapped > tally.image_tokens:
+        text += f" ({tally.image_tokens_uncapped:,} if data.images.max_size did not cap them)"
+    return text
+
+
 def _too_long(tally: Tally, length: int) -> str:
     are = "is" if tally.too_long == 1 else "are"
     return (
@@ -390,7 +404,7 @@ def run_stage(config: RunConfig) -> None:
     """
     data = config.data
     chat = load_chat(data)
-    sources = expand(data.train)
+    sources = [pinned(source) for source in expand(data.train)]
     local = [source.path for source in (*sources, *expand(data.test.values())) if not source.hub]
     size = sum(path.stat().st_size for path in local if path.is_file())
     faults, left_out = Faults(config.data_files()), Faults(config.data_files())
@@ -432,15 +446,14 @@ def run_stage(config: RunConfig) -> None:
                 raise Ms4Error(f"nothing is left to train on: {_why_nothing(tally, data)}")
             alike = list(near.alike(held_out.near))
             documents, starts, packed = _pack(training, writer.lengths, data)
-            writer.finish(documents, starts)
-            images = store.finish() if store is not None else {}
+            train_hash = writer.finish(documents, starts)
+            images = {**store.finish(), **tally.image_counts()} if store is not None else {}
             out.flush()
             manifest.commit_file(temporary, TEST)
     finally:
         temporary.unlink(missing_ok=True)
         spool.unlink(missing_ok=True)
 
-    written = (TRAIN, TEST, IMAGES) if with_images else (TRAIN, TEST)
     train = {
         **tally.counts(),
         **packed,
@@ -455,7 +468,11 @@ def run_stage(config: RunConfig) -> None:
         "preprocess",
         config_hash=config.part_hash("preprocess"),
         inputs=[SOURCE, *local],
-        files=[manifest.file_entry(path, Path()) for path in written],
+        files=[
+            manifest.file_entry(TRAIN, Path(), train_hash),
+            *(manifest.file_entry(path, Path()) for path in (TEST, IMAGES)[: 1 + with_images]),
+        ],
+        hub={s.name: s.hub.revision for s in (*sources, *held_out.sources) if s.hub},
         train=train,
         test=held_out.counts,
     )

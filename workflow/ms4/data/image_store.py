@@ -22,6 +22,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from types import TracebackType
@@ -30,12 +31,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ms4.data.images import UNIT, EncodedImage, Grid, pixels
+from ms4.data.images import UNIT, EncodedImage, Grid, check_scaling, pixels
+from ms4.data.packed import map_tensors
 from ms4.errors import Ms4Error
 from ms4.manifest import commit_file
 
 _HEADER = 4096
 """Bytes before the data: length and header, filled up with blanks."""
+
+_DTYPES = {
+    "pixels": "BF16",
+    "starts": "I64",
+    "grids": "I32",
+    "sha256": "U8",
+    "document_starts": "I64",
+    "document_images": "I64",
+}
 
 Uint16s = npt.NDArray[np.uint16]
 
@@ -67,7 +78,11 @@ class ImageStoreWriter:
             path: where it goes.
             max_size: longest side of an image in pixels.
             workers: processes that decode and scale; the file is the same for any number.
+
+        Raises:
+            Ms4Error: opencv is not installed.
         """
+        check_scaling()
         self._path, self._max_size, self._workers = path, max_size, workers
         self._spool = path.with_name(f".{path.name}.{os.getpid()}.spool.tmp")
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -109,7 +124,7 @@ class ImageStoreWriter:
         """Write the store; returns how many images and bytes it holds.
 
         Raises:
-            Ms4Error: opencv is not installed.
+            Ms4Error: a process was killed.
         """
         self._file.close()
         starts = np.zeros(len(self._grids) + 1, dtype=np.int64)
@@ -163,12 +178,19 @@ class ImageStoreWriter:
         # Not forked: torch's threads, if a test has them, do not survive that.
         with ProcessPoolExecutor(self._workers, mp_context=get_context("spawn")) as pool:
             ahead: deque[Future[bytes]] = deque()
-            for task in tasks:
-                ahead.append(pool.submit(_prepare, *task))
-                if len(ahead) > 2 * self._workers:
+            try:
+                for task in tasks:
+                    ahead.append(pool.submit(_prepare, *task))
+                    if len(ahead) > 2 * self._workers:
+                        yield ahead.popleft().result()
+                while ahead:
                     yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+            except BrokenProcessPool as error:
+                raise Ms4Error(
+                    f"{self._path}: a process that scales images was killed, for want of memory "
+                    "perhaps: the largest images take 1.3 GB each. Run the same command again, "
+                    "with a smaller run.threads if the memory was short."
+                ) from error
 
 
 class ImageStore:
@@ -180,33 +202,13 @@ class ImageStore:
         Raises:
             Ms4Error: it is missing or not what `preprocess` writes.
         """
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(length, _HEADER)))
-            begin = 8 + length
-
-            def table(name: str, dtype: type[np.generic]) -> npt.NDArray[Any]:
-                start, end = header[name]["data_offsets"]
-                shape = tuple(header[name]["shape"])
-                if start == end:  # nothing can be mapped
-                    return np.empty(shape, dtype=dtype)
-                return np.memmap(path, dtype, "r", begin + start, shape)
-
-            self._pixels = table("pixels", np.uint16)
-            self._starts = np.array(table("starts", np.int64))
-            self.grids = np.array(table("grids", np.int32))
-            """int32 [I, 2]: columns and rows of each image's tokens."""
-            self.sha256 = np.array(table("sha256", np.uint8))
-            """uint8 [I, 32]: of the files that they came from."""
-            self._use_starts = np.array(table("document_starts", np.int64))
-            self._uses = np.array(table("document_images", np.int64))
-        except FileNotFoundError as error:
-            raise Ms4Error(
-                f"{path} is missing: run `ms4 preprocess` (or `snakemake`) first."
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Ms4Error(f"{path}: not a store of images; run `ms4 preprocess` again.") from error
+        tables = map_tensors(path, _DTYPES)
+        self._pixels, self._starts = tables["pixels"], tables["starts"]
+        self.grids = tables["grids"]
+        """int32 [I, 2]: columns and rows of each image's tokens."""
+        self.sha256 = tables["sha256"]
+        """uint8 [I, 32]: of the files that they came from."""
+        self._use_starts, self._uses = tables["document_starts"], tables["document_images"]
 
     def __len__(self) -> int:
         return len(self.grids)

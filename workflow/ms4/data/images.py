@@ -14,16 +14,16 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import importlib.util
 import io
 import os
 import stat
 import warnings
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from struct import error as StructError
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import httpx2
 import numpy as np
@@ -97,13 +97,20 @@ class EncodedImage:
     size: tuple[int, int]
     """Width and height in pixels, upright, before any scaling."""
     grid: Grid
-    at: int = 0
-    """Where its tokens begin in the conversation's."""
 
     @property
     def tokens(self) -> int:
         """Tokens, breaks included."""
-        return (self.grid[0] + 1) * self.grid[1]
+        return _tokens(self.grid)
+
+    @property
+    def tokens_uncapped(self) -> int:
+        """Tokens if it were scaled down to no less than the vision tower takes."""
+        return _tokens(grid_of(self.size, MAX_SIZE))
+
+
+def _tokens(grid: Grid) -> int:
+    return (grid[0] + 1) * grid[1]
 
 
 def grid_of(size: tuple[int, int], max_size: int) -> Grid:
@@ -170,6 +177,20 @@ def open_image(raw: bytes) -> Pillow.Image:
     return upright
 
 
+def check_scaling() -> None:
+    """Check that images can be scaled, before anything is done that would be lost.
+
+    Raises:
+        Ms4Error: opencv is not installed.
+    """
+    # Not imported: it takes a second, and nothing of it is needed here.
+    if importlib.util.find_spec("cv2") is None:
+        raise Ms4Error(
+            "images are scaled by opencv, which is not installed: pip install "
+            "opencv-python-headless (it is part of the `train` extra)."
+        )
+
+
 def pixels(raw: bytes, max_size: int) -> npt.NDArray[np.float32]:
     """What the vision tower sees: mistral-common's own scaling (bicubic) and normalization.
 
@@ -182,19 +203,12 @@ def pixels(raw: bytes, max_size: int) -> npt.NDArray[np.float32]:
 
     Raises:
         SampleFault: it cannot be decoded.
-        Ms4Error: opencv is not installed.
     """
     from mistral_common.tokens.tokenizers.image import transform_image  # takes a second to import
 
     image = open_image(raw)
     columns, rows = grid_of(image.size, max_size)
-    try:
-        made = transform_image(image, (columns * UNIT, rows * UNIT))
-    except ImportError as error:
-        raise Ms4Error(
-            "images are scaled by opencv, which is not installed: pip install "
-            "opencv-python-headless (it is part of the `train` extra)."
-        ) from error
+    made = transform_image(image, (columns * UNIT, rows * UNIT))
     return np.ascontiguousarray(made, dtype=np.float32)
 
 
@@ -228,42 +242,20 @@ def resolve(conversation: Conversation, data_file: Path, rules: ImageRules) -> C
     return replace(conversation, messages=tuple(messages))
 
 
-def token_report(images: Iterable[EncodedImage], max_size: int) -> dict[str, int]:
-    """What images take, and what a smaller `max_size` saves.
-
-    Returns:
-        `images`, `tokens` (breaks included), `tokens_uncapped` (at 1540 pixels), `scaled` (images
-        that the cap makes smaller) and `largest` (tokens of one image).
-    """
-    report = dict.fromkeys(("images", "tokens", "tokens_uncapped", "scaled", "largest"), 0)
-    for image in images:
-        columns, rows = grid_of(image.size, max_size)
-        most_columns, most_rows = grid_of(image.size, MAX_SIZE)
-        tokens = (columns + 1) * rows
-        report["images"] += 1
-        report["tokens"] += tokens
-        report["tokens_uncapped"] += (most_columns + 1) * most_rows
-        report["scaled"] += (columns, rows) != (most_columns, most_rows)
-        report["largest"] = max(report["largest"], tokens)
-    return report
-
-
 def _read(image: Image, directory: Path, rules: ImageRules) -> bytes:
     value = image.value
     if isinstance(value, bytes):
         raw = value
     elif image.kind == "base64":
         raw = _from_base64(value)
-    elif value[:5].lower() == "data:":
-        raw = _from_data_uri(value)
+    elif image.kind == "path":
+        raw = _from_path(value, directory, rules)
     elif value[:7].lower() == "file://":
         raw = _from_file_uri(value, directory, rules)
     elif value[:7].lower() == "http://" or value[:8].lower() == "https://":
         raw = _fetch(value, rules)
-    elif image.kind == "url" and "://" in value[:20]:
-        raise SampleFault(f"the address {_short(value)} is neither http nor a file; download it")
     else:
-        raw = _from_path(value, directory, rules)
+        raise SampleFault(f"the address {_short(value)} is neither http nor a file; download it")
     if len(raw) > MAX_BYTES:
         raise _too_large()
     if not raw:
@@ -282,15 +274,6 @@ def _from_base64(text: str) -> bytes:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise SampleFault("an image is not valid base64; encode it again") from error
-
-
-def _from_data_uri(uri: str) -> bytes:
-    head, comma, body = uri.partition(",")
-    if not comma:
-        raise SampleFault(f"the data URI {_short(uri)} has no comma before its data; mend it")
-    if head.lower().endswith(";base64"):
-        return _from_base64(unquote(body) if "%" in body else body)
-    return unquote_to_bytes(body)
 
 
 def _from_file_uri(uri: str, directory: Path, rules: ImageRules) -> bytes:

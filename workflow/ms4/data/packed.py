@@ -5,11 +5,13 @@ docs/design.md describes the files under "Packed data". No torch here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +23,7 @@ import numpy.typing as npt
 from ms4 import manifest
 from ms4.config_data import Effort
 from ms4.errors import Ms4Error
+from ms4.weights.shards import read_header
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
@@ -34,7 +37,8 @@ _DTYPES: dict[str, str] = {
     "tokens": "I32",
     "trained": "U8",
 }
-_NUMPY: dict[str, Any] = {"I64": np.int64, "I32": np.int32, "U8": np.uint8}
+_NUMPY: dict[str, Any] = {"I64": np.int64, "I32": np.int32, "BF16": np.uint16, "U8": np.uint8}
+"""BF16 as its bits."""
 
 
 @dataclass(frozen=True)
@@ -94,34 +98,42 @@ def load_packed(path: Path) -> PackedData:
     Raises:
         Ms4Error: it is missing or not what `preprocess` writes.
     """
+    return PackedData(**map_tensors(path, _DTYPES))
+
+
+def map_tensors(path: Path, dtypes: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
+    """Map a safetensors file that `preprocess` wrote, of exactly these tensors, into memory.
+
+    Args:
+        path: the file.
+        dtypes: name → dtype as safetensors writes it; BF16 comes as its bits, uint16.
+
+    Raises:
+        Ms4Error: it is missing, or holds something else.
+    """
+    items = {name: np.dtype(dtype).itemsize for name, dtype in _NUMPY.items()}
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            start = 8 + int.from_bytes(file.read(8), "little")
-            if start >= size:
-                raise ValueError("it is cut off")
-            head = json.loads(file.read(start - 8))
-        whole = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)[start:]
-        spans = {
-            name: (entry["dtype"], entry["data_offsets"])
-            for name, entry in head.items()
-            if name != "__metadata__"
-        }
-        if {name: dtype for name, (dtype, _) in spans.items()} != _DTYPES:
-            raise Ms4Error(f"{path}: not the tensors of packed data; run `ms4 preprocess` again.")
-        arrays = {
-            name: whole[first:end].view(_NUMPY[dtype])
-            for name, (dtype, (first, end)) in spans.items()
-        }
-        if sum(array.nbytes for array in arrays.values()) != len(whole):
-            raise ValueError("it is cut off")
+        path.open("rb").close()
+        entries = read_header(path, items)
+        whole = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
     except FileNotFoundError as error:
         raise Ms4Error(
             f"{path} is missing: run `ms4 preprocess` (or `snakemake`) first."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise Ms4Error(f"{path}: cannot be read ({error}); run `ms4 preprocess` again.") from error
-    return PackedData(**arrays)
+    except OSError as error:
+        raise Ms4Error(
+            f"{path}: cannot be read ({error.strerror}); run `ms4 preprocess` again."
+        ) from error
+    except Ms4Error as error:  # what it advises is for weights
+        raise Ms4Error(f"{path}: damaged or cut short; run `ms4 preprocess` again.") from error
+    if {entry.name: entry.dtype for entry in entries.values()} != dict(dtypes):
+        raise Ms4Error(f"{path}: not the tensors that it should hold; run `ms4 preprocess` again.")
+    return {
+        name: whole[entry.start : entry.start + entry.size]
+        .view(_NUMPY[entry.dtype])
+        .reshape(entry.shape)
+        for name, entry in entries.items()
+    }
 
 
 def read_test(path: Path) -> Iterator[TestSample]:
@@ -186,8 +198,8 @@ class PackedWriter:
         """Tokens of each document."""
         return np.frombuffer(self._lengths, dtype=np.int64).copy()
 
-    def finish(self, bin_documents: Int64s, bin_starts: Int64s) -> None:
-        """Write the file with these bins, under its name when it is whole."""
+    def finish(self, bin_documents: Int64s, bin_starts: Int64s) -> str:
+        """Write the file with these bins, under its name when it is whole; returns its SHA-256."""
         starts = np.zeros(len(self._lengths) + 1, dtype=np.int64)
         np.cumsum(self.lengths, out=starts[1:])
         small = {
@@ -212,6 +224,11 @@ class PackedWriter:
                 out.write(np.ascontiguousarray(values, dtype="<i8").tobytes())
             for name in ("tokens", "trained"):
                 file = self._files[name]
+                file.flush()
                 file.seek(0)
                 shutil.copyfileobj(file, out, 1 << 20)
-        manifest.commit_file(self._temporary["whole"], self._path)
+        # Hashed while it goes to the disk: these seconds are no worker's.
+        with self._temporary["whole"].open("rb") as whole, ThreadPoolExecutor(1) as thread:
+            digest = thread.submit(hashlib.file_digest, whole, "sha256")
+            manifest.commit_file(self._temporary["whole"], self._path)
+            return digest.result().hexdigest()

@@ -73,17 +73,6 @@ def _best_fit(lengths: Int64s, capacity: int) -> tuple[Int64s, Int64s]:
     return order[np.argsort(placed, kind="stable")].astype(np.int64), starts
 
 
-def fill(lengths: Int64s, bin_documents: Int64s, bin_starts: Int64s, capacity: int) -> float:
-    """Share of the bins' room that holds tokens, the emptiest bin left out unless it is alone: the
-    last one takes what is left over, however little that is."""
-    if len(bin_starts) < 2:
-        return 0.0
-    tokens = np.add.reduceat(lengths[bin_documents], bin_starts[:-1])
-    if len(tokens) > 1:
-        tokens = np.delete(tokens, np.argmin(tokens))
-    return float(tokens.sum() / (len(tokens) * capacity))
-
-
 def epoch_order(bins: int, seed: int, epoch: int, group: int = 1) -> Int64s:
     """The order in which an epoch reads the bins: a permutation that seed and epoch decide.
 

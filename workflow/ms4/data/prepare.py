@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -184,19 +184,18 @@ class Preparer:
                     too_long=length,
                 )
             shorter = self._truncated(conversation, encoded, settled.effort)
-            if shorter is None:
+            if isinstance(shorter, str):
                 return Outcome(
                     row.line,
-                    refused=f"{length} tokens, and no turn of the assistant ends within "
-                    f"data.sequence_length {data.sequence_length}; raise it or shorten the sample",
+                    refused=f"{length} tokens, and {shorter}; raise it or shorten the sample",
                     fault=False,
                     too_long=length,
                 )
             (conversation, encoded), truncated = shorter, True
         if not encoded.trained.any():
             raise SampleFault(
-                "nothing of it is trained: data.untrained or its messages' weights leave out all "
-                "of it; remove the sample or change them"
+                "nothing of it would be trained: its turns have weight 0, or hold only what "
+                "data.untrained or data.earlier_thinking leaves out; remove it"
             )
         held_out = data.holdout > 0 and not plain and split.held_out(key, data.holdout)
         return Outcome(
@@ -219,11 +218,10 @@ class Preparer:
 
     def _truncated(
         self, conversation: Conversation, encoded: Encoded, effort: Effort
-    ) -> tuple[Conversation, Encoded] | None:
-        """The longest beginning that fits and ends with a turn of its effort."""
-        ends = encoded.turn_ends
-        turns = conversation.assistant_turns
-        taken = 0
+    ) -> tuple[Conversation, Encoded] | str:
+        """The longest beginning that fits, ends with a turn of its effort, and is trained; or why
+        there is none."""
+        limit = self._recipe.data.sequence_length
         stops: list[int] = []  # messages up to and with each turn of the assistant
         for index, message in enumerate(conversation.messages):
             last = index + 1 == len(conversation.messages)
@@ -231,20 +229,28 @@ class Preparer:
                 last or conversation.messages[index + 1].role != "assistant"
             ):
                 stops.append(index + 1)
-        for number in reversed(range(len(ends))):
-            thinks = any(message.has_thinking for message in turns[number])
-            if ends[number] > self._recipe.data.sequence_length or (
-                effort == "high" and not thinks
-            ):
+        why: Counter[str] = Counter()
+        turns = list(zip(encoded.turn_ends.tolist(), stops, strict=True))
+        for (end, taken), turn in zip(
+            reversed(turns), reversed(conversation.assistant_turns), strict=True
+        ):
+            if end > limit:
                 continue
-            taken = stops[number]
-            if conversation.messages[taken - 1].tool_calls:
-                continue  # a call without its result, where the conversation had one
+            if effort == "high" and not any(message.has_thinking for message in turn):
+                why["without the thinking of its effort"] += 1
+                continue
+            if any(message.tool_calls for message in turn):
+                why["with a tool call, whose result is cut off"] += 1
+                continue
             shorter = replace(conversation, messages=conversation.messages[:taken])
             again = self._chat.encode(shorter, effort, self._recipe.masking)
             if again.trained.any():
                 return shorter, again
-        return None
+            why["with nothing trained up to there"] += 1
+        if not why:
+            return f"no turn of the assistant ends within data.sequence_length {limit}"
+        ends = ", ".join(f"{number} {reason}" for reason, number in why.items())
+        return f"none of its turns within data.sequence_length {limit} can be its end ({ends})"
 
 
 # Processes. What a worker works with is set before it is forked.
@@ -272,45 +278,48 @@ def _work(rows: list[Row], reading: Reading, source: Source) -> _Sent:
     return _Sent.of(_PREPARER.batch(rows, reading, source))
 
 
+_NONE = np.zeros(0, dtype=np.int32)
+_BARE = Encoded(_NONE, _NONE.astype(np.uint8), _NONE.astype(np.int64))
+
+
 @dataclass
 class _Sent:
     """A batch on its way between processes: its arrays as one, which is sent several times faster
     than thousands of small ones."""
 
     batch: Batch
-    encoded: list[Encoded]
-    """Of each sample, without its arrays."""
+    beside: list[tuple[tuple[images.EncodedImage, ...], Counter[str]] | None]
+    """Of each sample, what it has beside its arrays: images and changes; None: neither."""
     lengths: list[int]
     tokens: Int32s
     trained: Uint8s
 
     @classmethod
     def of(cls, batch: Batch) -> _Sent:
-        none = np.zeros(0, dtype=np.int32)
-        encoded = [o.sample.encoded for o in batch.outcomes if o.sample is not None]
-        bare = Encoded(none, none.astype(np.uint8), none.astype(np.int64))
-        for outcome in batch.outcomes:
-            if outcome.sample is not None:
-                outcome.sample.encoded = bare
+        samples = [o.sample for o in batch.outcomes if o.sample is not None]
+        encoded = [sample.encoded for sample in samples]
+        for sample in samples:
+            sample.encoded = _BARE
         return cls(
             batch=batch,
-            encoded=[
-                replace(bare, images=e.images, changed=e.changed) if e.images or e.changed else bare
-                for e in encoded
-            ],
+            beside=[(e.images, e.changed) if e.images or e.changed else None for e in encoded],
             lengths=[len(e.tokens) for e in encoded],
-            tokens=np.concatenate([none, *(e.tokens for e in encoded)]),
-            trained=np.concatenate([bare.trained, *(e.trained for e in encoded)]),
+            tokens=np.concatenate([_NONE, *(e.tokens for e in encoded)]),
+            trained=np.concatenate([_BARE.trained, *(e.trained for e in encoded)]),
         )
 
     def received(self) -> Batch:
         """The batch; its samples' turns cannot be cut any more."""
         samples = [o.sample for o in self.batch.outcomes if o.sample is not None]
+        nothing = (_BARE.images, _BARE.changed)
         start = 0
-        for sample, encoded, length in zip(samples, self.encoded, self.lengths, strict=True):
+        for sample, beside, length in zip(samples, self.beside, self.lengths, strict=True):
             end = start + length
-            sample.encoded = replace(
-                encoded, tokens=self.tokens[start:end], trained=self.trained[start:end]
+            sample.encoded = Encoded(
+                self.tokens[start:end],
+                self.trained[start:end],
+                _BARE.turn_ends,
+                *(beside or nothing),
             )
             start = end
         return self.batch

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ms4 import memory, settings, spec, throughput, yaml_text
 from ms4.config import RunConfig, check
 from ms4.data.chat import Chat
-from ms4.data.dataset import FAULTS, SOURCE, copies_of, load_chat, statements
+from ms4.data.dataset import FAULTS, SOURCE, copies_of, image_tokens, load_chat, statements
 from ms4.data.faults import Faults
 from ms4.data.formats import NAMES
 from ms4.data.histogram import by_fill, by_length, histogram
@@ -293,6 +293,7 @@ def _tree(config: RunConfig, found: Survey, costs: _Costs) -> dict[str, Any]:
         "trained_tokens": counts.pop("trained_tokens"),
         **counts,
         "images": found.tally.images,
+        **found.tally.image_counts(),
         "files": {
             name: {
                 "format": file.format,
@@ -361,7 +362,7 @@ def _content(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
     ]
     if tally.images:
         text = "" if with_images else ", which training takes under data.modality `text_vision`"
-        lines.append(f"{count(tally.images, 'image')}{text}")
+        lines.append(f"{image_tokens(tally)}{text}")
     lines += [
         "",
         f"tokens of a sample: half have at most {int(np.median(lengths)):,}, "

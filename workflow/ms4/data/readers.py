@@ -135,8 +135,8 @@ def _file_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Row]:
         on_bytes(path.stat().st_size - done)
 
 
-class _Lines:
-    """Lines of at most `MAX_RECORD` bytes, with the first ones to be looked at beforehand."""
+class _Peeked:
+    """A stream whose first bytes are looked at before it is read."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
@@ -170,9 +170,9 @@ class _Chained(io.RawIOBase):
 def _text_rows(stream: IO[bytes], suffix: str) -> Iterator[Row]:
     line = 0
     try:
-        lines = _Lines(stream)
-        head = lines.peek(1 << 16)
-        whole = lines.stream()
+        peeked = _Peeked(stream)
+        head = peeked.peek(1 << 16)
+        whole = peeked.stream()
         if suffix in _TABLES:
             rows = _table_rows(whole, _TABLES[suffix])
         elif suffix in _TEXT_SUFFIXES:

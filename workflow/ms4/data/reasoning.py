@@ -74,7 +74,7 @@ def without_earlier_thinking(conversation: Conversation) -> Conversation:
     """The conversation without the thinking of turns before the last."""
     last_user = max(i for i, m in enumerate(conversation.messages) if m.role != "assistant")
     messages = tuple(
-        message if index > last_user else _without_thinking(message)
+        message if index > last_user else message.without_thinking()
         for index, message in enumerate(conversation.messages)
     )
     return replace(conversation, messages=messages)
@@ -97,10 +97,6 @@ def _has_lone_end(conversation: Conversation) -> bool:
         for part in message.parts
         if part.kind == "text"
     )
-
-
-def _without_thinking(message: Message) -> Message:
-    return replace(message, parts=tuple(p for p in message.parts if p.kind != "thinking"))
 
 
 def _in_order(conversation: Conversation, policies: _Policies) -> Conversation:
@@ -136,7 +132,7 @@ def _turn(turn: list[Message], where: str, policies: _Policies) -> list[Message]
         text = f"{where}: the thinking is empty; fill it or remove the part"
         if not policies.fixes("empty", text):
             return turn
-        turn[0] = _without_thinking(turn[0])
+        turn[0] = turn[0].without_thinking()
         if not _answers(turn):
             raise policies.cannot_fix("empty", f"{where}: says nothing beside empty thinking")
         return turn

@@ -92,14 +92,10 @@ def signature(text: str) -> Signature:
 class NearDuplicates:
     """Finds, for a signature, the most similar one that was added."""
 
-    def __init__(self, threshold: float = THRESHOLD) -> None:
-        self._threshold = threshold
+    def __init__(self) -> None:
         self._places: list[str] = []
         self._signatures: list[Signature] = []
         self._bands: list[dict[bytes, list[int]]] = [{} for _ in range(BANDS)]
-
-    def __len__(self) -> int:
-        return len(self._places)
 
     def add(self, place: str, signature: Signature) -> None:
         """Note a sample, of the held-out side, by where it stands."""
@@ -121,7 +117,7 @@ class NearDuplicates:
         best: tuple[str, float] | None = None
         for number in sorted(candidates):
             similarity = float((self._signatures[number] == signature).mean())
-            if similarity >= self._threshold and (best is None or similarity > best[1]):
+            if similarity >= THRESHOLD and (best is None or similarity > best[1]):
                 best = self._places[number], similarity
         return best
 

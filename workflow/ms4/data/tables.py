@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+import httpx2
+
 from ms4.data.readers import Row
-from ms4.data.sources import HubData
+from ms4.data.sources import HubData, Source
 from ms4.errors import Ms4Error
 
 _ROWS = 64
@@ -119,6 +122,20 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(inner) for inner in value]
     return value
+
+
+def pinned(source: Source) -> Source:
+    """The source at the commit that its revision stands for now. A file, and what cannot be looked
+    up, stays as it is: reading it says why."""
+    if source.hub is None:
+        return source
+    from huggingface_hub import HfApi  # takes a second to import
+
+    try:
+        found = HfApi().dataset_info(source.hub.id, revision=source.hub.revision)
+    except (httpx2.HTTPError, OSError, ValueError):
+        return source
+    return replace(source, hub=replace(source.hub, revision=found.sha or source.hub.revision))
 
 
 def hub_rows(data: HubData) -> Iterator[Row]:

@@ -30,6 +30,9 @@ class Tally:
     tokens: int = 0
     trained_tokens: int = 0
     images: int = 0
+    image_tokens: int = 0
+    image_tokens_uncapped: int = 0
+    """What the images would take without `data.images.max_size`."""
     longest_tokens: int = 0
     """Of the longest sample that was too long."""
     longest_place: str = ""
@@ -62,18 +65,33 @@ class Tally:
         self.turns += sample.turns
         self.tokens += tokens
         self.trained_tokens += trained
-        self.images += len(sample.encoded.images)
-        self.notes.update(sample.notes)
-        self.changed.update(sample.encoded.changed)
+        for image in sample.encoded.images:
+            self.images += 1
+            self.image_tokens += image.tokens
+            self.image_tokens_uncapped += image.tokens_uncapped
+        # Most samples have neither, and a counter's update is slow.
+        if sample.notes:
+            self.notes.update(sample.notes)
+        if sample.encoded.changed:
+            self.changed.update(sample.encoded.changed)
         self.lengths.append(tokens)
         kind = _kind(sample)
         for count in (self.by_effort[sample.effort], self.by_kind.setdefault(kind, Counter())):
-            count.update(samples=1, tokens=tokens, trained_tokens=trained)
+            count["samples"] += 1
+            count["tokens"] += tokens
+            count["trained_tokens"] += trained
 
     @property
     def sample_lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each sample."""
         return np.frombuffer(self.lengths, dtype=np.int64).copy()
+
+    def image_counts(self) -> dict[str, int]:
+        """Tokens of the images, breaks included."""
+        return {
+            "image_tokens": self.image_tokens,
+            "image_tokens_uncapped": self.image_tokens_uncapped,
+        }
 
     def counts(self) -> dict[str, Any]:
         """What manifests and reports say of it."""

@@ -18,7 +18,7 @@ from ms4.model.module import IGNORED, PAD, Batch, PackedLoss
 if TYPE_CHECKING:  # it brings an image library, which text has no use for
     from ms4.data.image_store import ImageStore
 
-__all__ = ["IGNORED", "PAD", "Batch", "Batches", "collate", "loss_sum", "step_batches"]
+__all__ = ["IGNORED", "PAD", "Batch", "Batches", "collate", "loss_sum"]
 
 
 def collate(rows: list[list[tuple[np.ndarray, np.ndarray]]]) -> Batch:
@@ -102,13 +102,6 @@ class Batches:
             images=tuple(image.view(torch.bfloat16) for image in pixels),
             shown=tuple(place[image] for image in uses),
         )
-
-
-def step_batches(
-    data: PackedData, step: int, micro_batch: int, accumulation: int, seed: int
-) -> list[Batch]:
-    """The batches of one optimizer step (from 0), as `Batches` gives them."""
-    return Batches(data, micro_batch, accumulation, seed).step(step)
 
 
 def loss_sum(model: Any, batch: Batch, chunk: int) -> torch.Tensor:

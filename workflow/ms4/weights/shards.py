@@ -92,8 +92,12 @@ def _counts(value: Any) -> bool:
     )
 
 
-def read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path, items: Mapping[str, int] = ITEM_BYTES) -> dict[str, Entry]:
     """The tensors of a safetensors file, in the order of their data.
+
+    Args:
+        path: the file.
+        items: bytes of an element of each dtype that it may hold.
 
     Raises:
         Ms4Error: it cannot be read, or its header cannot be true of a file of its size.
@@ -118,7 +122,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise Ms4Error(f"{path}: its header is no table of tensors; {advice}.")
     header.pop("__metadata__", None)
     begin, room = 8 + length, size - 8 - length
-    entries = [_entry(path, name, value, begin, room) for name, value in header.items()]
+    entries = [_entry(path, name, value, begin, room, items) for name, value in header.items()]
     entries.sort(key=lambda entry: (entry.start, entry.size))
     end = begin
     for entry in entries:
@@ -142,14 +146,16 @@ def _each_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _entry(path: Path, name: str, value: Any, begin: int, room: int) -> Entry:
+def _entry(
+    path: Path, name: str, value: Any, begin: int, room: int, items: Mapping[str, int]
+) -> Entry:
     where = f"{path}: {name[:200]}"
     if not isinstance(value, dict):
         raise Ms4Error(f"{where}: the header does not describe it; fetch the file again.")
     dtype: Any = value.get("dtype")
     shape: Any = value.get("shape")
     offsets: Any = value.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in items:
         raise Ms4Error(
             f"{where}: has the dtype {str(dtype)[:20]!r}, which no tensor of this model has."
         )
@@ -161,7 +167,7 @@ def _entry(path: Path, name: str, value: Any, begin: int, room: int) -> Entry:
             f"{where}: its data should lie at {first} to {last} of {room} bytes; the file is "
             "damaged or cut short; fetch it again."
         )
-    if last - first != ITEM_BYTES[dtype] * math.prod(shape):
+    if last - first != items[dtype] * math.prod(shape):
         raise Ms4Error(
             f"{where}: {last - first} bytes cannot hold {dtype} {shape}; fetch the file again."
         )
