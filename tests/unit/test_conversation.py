@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,18 @@ JSON_FAULTS = [
 def test_json_that_would_be_silently_changed_is_refused(text: str, message: str) -> None:
     with pytest.raises(SampleFault, match=message):
         parse_json(text)
+
+
+def test_halves_of_surrogate_pairs_become_what_mistral_common_makes_of_them() -> None:
+    changed: Counter[str] = Counter()
+    text = r'{"a\udc00": ["\ud83dx\ud83d\ude00", "\ufffd", 1, null], "\u00e9": "\udc00\ud800"}'
+    assert parse_json(text, changed) == {
+        "a\ufffd": ["\ufffdx😀", "\ufffd", 1, None],
+        "é": "\ufffd" * 2,
+    }
+    assert changed == {"surrogates": 4}
+    with pytest.raises(SampleFault, match="stands twice"):
+        parse_json(r'{"\udc00": 1, "\ud800": 2}', changed)
 
 
 def test_a_whole_surrogate_pair_is_a_character() -> None:

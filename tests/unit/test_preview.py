@@ -284,6 +284,15 @@ def test_truncated_samples_are_samples(data: Any) -> None:
     )
 
 
+def test_halves_of_surrogate_pairs_are_replaced_and_counted(data: Any) -> None:
+    write("a.jsonl", sample("\ud83d?", "x\udc00", "\ud83d\ude00"), sample("a", "b "))
+    found = json.loads(data("--json", "a.jsonl")[1])
+    assert (found["records"], found["samples"], found["faults"]) == (2, 2, [])
+    assert found["changed"] == {"surrogates": 2, "trailing_spaces": 1}
+    assert "[INST]\ufffd?[/INST]⟦[THINK]😀[/THINK]x\ufffd</s>⟧" in data("--show", "1", "a.jsonl")[1]
+    assert "2 halves of surrogate pairs that become U+FFFD" in data("a.jsonl")[1]
+
+
 def test_a_sample_is_shown_as_the_model_sees_it(data: Any) -> None:
     write("a.jsonl", "nonsense\n", sample("a", "b"), sample("2+2?\x1b[31m", "4", "2+2 = 4"))
     code, out, _ = data("--show", "2", "a.jsonl")

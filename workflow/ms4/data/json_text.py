@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from typing import Any
 
 from ms4.data.faults import SampleFault
 
+_HALVES = re.compile("[\ud800-\udfff]")
 
-def parse_json(text: str) -> Any:
+
+def parse_json(text: str, changed: Counter[str] | None = None) -> Any:
     """Parse JSON, refusing what would silently become something else.
+
+    Args:
+        text: one value.
+        changed: is told under "surrogates" how many halves of surrogate pairs became U+FFFD; None:
+            they are refused.
 
     Raises:
         SampleFault: not JSON, a key given twice, NaN or Infinity, half of a surrogate pair.
@@ -23,20 +32,43 @@ def parse_json(text: str) -> Any:
             parse_float=_finite,
         )
         if "\\u" in text:  # only an escape can bring in a surrogate: UTF-8 has none
-            json.dumps(value, ensure_ascii=False).encode()
+            value = _mended(value, changed)
     except json.JSONDecodeError as error:
         raise SampleFault(
             f"not valid JSON: {error.msg} (column {error.colno}); write one JSON object a line"
-        ) from error
-    except UnicodeEncodeError as error:
-        raise SampleFault(
-            "half of a surrogate pair (\\ud800 to \\udfff), which stands for no character; "
-            "remove it or write the whole pair"
         ) from error
     except RecursionError as error:
         raise SampleFault("JSON nested too deeply; flatten it") from error
     except ValueError as error:  # an integer of thousands of digits
         raise SampleFault(f"not readable as JSON ({error}); write long numbers as text") from error
+    return value
+
+
+def without_halves(text: str) -> tuple[str, int]:
+    """A text with U+FFFD for each half of a surrogate pair, as mistral-common takes it, and how
+    many those were. Two halves that belong together become the character they stand for."""
+    if text.isascii() or not _HALVES.search(text):
+        return text, 0
+    mended = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return mended, mended.count("\ufffd") - text.count("\ufffd")
+
+
+def _mended(value: Any, changed: Counter[str] | None) -> Any:
+    if isinstance(value, str):
+        mended, halves = without_halves(value)
+        if halves and changed is None:
+            raise SampleFault(
+                "half of a surrogate pair (\\ud800 to \\udfff), which stands for no character; "
+                "remove it or write the whole pair"
+            )
+        if halves and changed is not None:
+            changed["surrogates"] += halves
+        return mended
+    if isinstance(value, list):
+        return [_mended(item, changed) for item in value]
+    if isinstance(value, dict):
+        pairs = [(_mended(k, changed), _mended(v, changed)) for k, v in value.items()]
+        return _object_of_unique_keys(pairs)
     return value
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
 from ms4.data.conversation import Conversation, Message
+from ms4.data.json_text import without_halves
 
 WORDS = {
     "trailing_spaces": "turns whose trailing spaces are stripped",
@@ -17,8 +17,6 @@ WORDS = {
     "results_reordered": "turns whose tool results go in the order of their calls",
 }
 """Kinds of changes, and how they are told."""
-
-_SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def changes(conversation: Conversation) -> Counter[str]:
@@ -46,7 +44,7 @@ def changes(conversation: Conversation) -> Counter[str]:
             asked = []
     if conversation.tools:
         texts.append(json.dumps(conversation.tools, ensure_ascii=False))
-    counts["surrogates"] = sum(_surrogates(text) for text in texts if not text.isascii())
+    counts["surrogates"] = sum(without_halves(text)[1] for text in texts)
     return +counts
 
 
@@ -59,11 +57,3 @@ def _strips(messages: Sequence[Message]) -> bool:
             if part.text:
                 return part.text.endswith(" ")
     return False
-
-
-def _surrogates(text: str) -> int:
-    if not _SURROGATES.search(text):
-        return 0
-    # Two halves that belong together become the character that they stand for.
-    joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return joined.count("\ufffd") - text.count("\ufffd")

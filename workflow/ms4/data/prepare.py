@@ -148,11 +148,14 @@ class Preparer:
         result = Batch([])
         for row in rows:
             try:
-                record = parse_row(row)
+                changed: Counter[str] = Counter()
+                record = parse_row(row, changed)
                 result.unused |= formats.unused_keys(record, reading)
                 if reading.fields:
                     result.mapped |= formats.mapped_fields(record, reading)
                 outcome = self._outcome(row, formats.to_conversation(record, reading), source)
+                if outcome.sample is not None:
+                    outcome.sample.encoded.changed.update(changed)
             except SampleDropped as reason:
                 outcome = Outcome(row.line, refused=str(reason), fault=False)
             except SampleFault as fault:
@@ -426,7 +429,7 @@ def looked_at(
 def _parsed(rows: list[Row]) -> Iterator[Any]:
     for row in rows:
         try:
-            yield parse_row(row)
+            yield parse_row(row, Counter())
         except SampleFault:
             continue
 

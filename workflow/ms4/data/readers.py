@@ -12,6 +12,7 @@ import gzip
 import io
 import itertools
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,8 @@ class Row:
     """How many records it stands for: 0 for a fault of a file, several for a damaged stretch."""
 
 
-def parse_row(row: Row) -> Any:
-    """The record of a row.
+def parse_row(row: Row, changed: Counter[str] | None = None) -> Any:
+    """The record of a row; `changed` as in `parse_json`.
 
     Raises:
         SampleFault: it is none.
@@ -58,7 +59,7 @@ def parse_row(row: Row) -> Any:
         text = row.value.decode("utf-8-sig" if row.line == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise SampleFault("not UTF-8; convert the file with `iconv`") from error
-    return parse_json(text)
+    return parse_json(text, changed)
 
 
 def read_rows(
