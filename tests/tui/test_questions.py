@@ -216,7 +216,7 @@ def test_missing_and_unknown() -> None:
 def test_slurm_is_asked_only_for_slurm() -> None:
     draft = Draft(LEAST)
     slurm = [q for q in QUESTIONS.values() if q.field.startswith("where.") and q.only_if]
-    assert len(slurm) == 3
+    assert len(slurm) == 4
     assert not any(draft.asks(question) for question in slurm)
     draft.set("where.run", "slurm")
     assert all(draft.asks(question) for question in slurm)

@@ -10,13 +10,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ms4 import config, settings
 
 SlurmName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}$")]
 """Of a partition or an account. Snakemake evaluates what stands in a profile as Python: quoted,
 and of these characters, it is only ever a name."""
+
+
+Requeue = Literal["cluster", "always", "never"]
+"""What Slurm is told of a job whose node failed."""
+
+ONE_GPU = "training runs on one GPU of one node in this version"
+"""Why neither GPUs nor nodes can be chosen."""
 
 
 class Where(config.Section):
@@ -34,6 +41,24 @@ class Where(config.Section):
     hours: int | None = Field(default=None, ge=1, le=8760)
     """Time limit of the training job in hours (null: 24). A job that meets it is submitted again
     and goes on from its last checkpoint."""
+
+    gpus: int = 1
+    """GPUs of a job that uses one: 1. Training runs on one GPU in this version."""
+
+    nodes: int = 1
+    """Nodes of a job: 1, as one GPU is on one node."""
+
+    requeue: Requeue = "cluster"
+    """Whether Slurm itself begins a job again whose node failed or that was preempted: `always`,
+    `never` (Snakemake submits another one), or `cluster`: as the cluster is set up. Either way the
+    stage goes on from what is there."""
+
+    @field_validator("gpus", "nodes")
+    @classmethod
+    def _one(cls, number: int) -> int:
+        if number != 1:
+            raise ValueError(f"{ONE_GPU}: leave it at 1 (it is {number})")
+        return number
 
 
 class Answers(config.RunConfig):
