@@ -12,11 +12,10 @@ from typing import Any
 import ms4
 from ms4 import completion, config, settings
 from ms4.errors import Ms4Error, printable
-from ms4_wizard import costs, project, questions
+from ms4_wizard import costs, project, questions, writing
 from ms4_wizard.answers_file import FaultyAnswersError, read_answers, with_settings
 from ms4_wizard.draft import Draft
 from ms4_wizard.questions import Answers
-from ms4_wizard.writing import write_from_answers
 
 DEFAULT_DIRECTORY = Path("ms4-project")
 EXIT_CODES = """\
@@ -118,22 +117,30 @@ def headless(arguments: argparse.Namespace, directory: Path) -> None:
         sys.stdout.write(config.dump(answers.configuration()))
         return
     found = costs.cost(answers)
-    if not arguments.json:
+    changes: list[project.Change] = []
+    if arguments.json:
+        changes = writing.preview(answers, directory)  # while there is a difference
+    else:
         costs.show(found)
-    told = write_from_answers(
+    told = writing.write_from_answers(
         answers, directory, dry_run=arguments.dry_run, overwrite=arguments.overwrite
     )
     if arguments.json:
-        print(json.dumps(_report(answers, directory, found, told, arguments.dry_run), indent=2))
+        report = _report(answers, directory, found, changes, arguments.dry_run)
+        print(json.dumps(report, indent=2))
     else:
         print(printable("\n".join(["", *told])))
 
 
 def _report(
-    answers: Answers, directory: Path, found: costs.Cost, told: list[str], dry_run: bool
+    answers: Answers,
+    directory: Path,
+    found: costs.Cost,
+    changes: list[project.Change],
+    dry_run: bool,
 ) -> dict[str, Any]:
-    """What was done, for programs."""
-    from ms4_wizard import writing
+    """What was done, for programs. `files` is the same for a dry run and for what it announces:
+    the files that writing changes, and what becomes of each."""
     from ms4_wizard.speed import speed
 
     took = speed(answers, found, None)
@@ -142,7 +149,7 @@ def _report(
         "exit_code": 0,
         "directory": str(directory),
         "written": not dry_run,
-        "files": [line.strip() for line in told[1:]] if dry_run else sorted(_listed(directory)),
+        "files": {change.name: change.what for change in sorted(changes, key=lambda c: c.name)},
         "next": writing.next_commands(answers, directory),
         "plan": {
             "device": found.kind,
@@ -165,11 +172,6 @@ def _report(
         },
         "answers": answers.model_dump(mode="json"),
     }
-
-
-def _listed(directory: Path) -> list[str]:
-    note = project.read_note(directory)
-    return [] if note is None else list(note.files)
 
 
 def _refusal(error: Ms4Error) -> dict[str, Any]:
@@ -220,8 +222,8 @@ def screens(directory: Path, settings: Sequence[str], given: bool) -> list[str] 
 
     store = Store(directory)
     kept = store.load()
-    if kept is not None and kept.draft.values == draft.values:
-        kept = None  # it says nothing else
+    if kept is not None and not kept.adds_to(draft, directory):
+        kept = None
     flow = Flow(draft, directory, opened=exists, store=store, looker=Looker())
     app = WizardApp(
         flow,

@@ -38,7 +38,15 @@ class Kept:
     @property
     def count(self) -> int:
         """How many fields were given."""
-        return sum(self.draft.given(field) for field in _fields(self.draft.values))
+        given = {field for field in _fields(self.draft.values) if self.draft.given(field)}
+        return len(given | set(self.draft.typed))
+
+    def adds_to(self, draft: Draft, directory: Path) -> bool:
+        """Whether it says something else than other answers for a directory: in a value, in what
+        was typed and is no value yet, or in where the project is to be written."""
+        place, own = (os.path.normpath(Path.cwd() / where) for where in (directory, self.directory))
+        same = (self.draft.values, self.draft.typed) == (draft.values, draft.typed)
+        return not same or place != own
 
 
 def _fields(tree: Any, prefix: str = "") -> list[str]:
