@@ -6,21 +6,16 @@ the last output, with the plan redrawn, is taken beside it."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
 import select
 import signal
 import statistics
-import struct
-import subprocess
 import sys
 import tempfile
-import termios
 import time
 from pathlib import Path
 
-from common import CHECKOUT, record
+from common import on_a_terminal, record
 
 ROUNDS = 12
 QUIET_S = 0.25
@@ -43,27 +38,10 @@ class Terminal:
     """The wizard on a terminal."""
 
     def __init__(self, place: Path) -> None:
-        self._leader, follower = pty.openpty()
-        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
         settings = ("data.train=train.jsonl", "run.device=cuda", "run.memory_gib=80")
         command = [sys.executable, "-m", "ms4_wizard", "project"]
-        environment = {
-            **os.environ,
-            "TERM": "xterm-256color",
-            "XDG_STATE_HOME": str(place),
-            "XDG_CONFIG_HOME": str(place),
-            "PYTHONPATH": f"{CHECKOUT / 'workflow'}:{CHECKOUT / 'tui'}",
-        }
-        self.process = subprocess.Popen(
-            [*command, *(word for setting in settings for word in ("--set", setting))],
-            stdin=follower,
-            stdout=follower,
-            stderr=follower,
-            cwd=place,
-            env=environment,
-            start_new_session=True,
-        )
-        os.close(follower)
+        command += [word for setting in settings for word in ("--set", setting)]
+        self.process, self._leader = on_a_terminal(command, place)
         self.seen = b""
 
     def output(self, seconds: float) -> bytes:

@@ -17,7 +17,7 @@ import pytest
 
 from ms4.data.tekken import write_tekken
 from ms4_wizard import emit
-from ms4_wizard.questions import Answers
+from ms4_wizard.answers import Answers
 from tests.commands import run, wait_for, without_slurm_job
 from tests.fetching import make_checkpoint
 from tests.toy import runs

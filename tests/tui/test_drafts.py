@@ -10,8 +10,8 @@ from textual.pilot import Pilot
 from textual.widgets import OptionList
 
 from ms4_wizard import drafts, merge, writing
+from ms4_wizard.answers import Answers
 from ms4_wizard.draft import Draft
-from ms4_wizard.questions import Answers
 from ms4_wizard.screens.done import DoneScreen
 from ms4_wizard.screens.review import ReviewScreen
 from ms4_wizard.screens.step import StepScreen

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from ms4 import spec
 from ms4.errors import Ms4Error
+from ms4_wizard.answers import field_type, read_setting
 from ms4_wizard.draft import Draft
 from ms4_wizard.pages import PAGES, page
-from ms4_wizard.questions import LINES, Question, field_type, read_setting
+from ms4_wizard.questions import LINES, Question
 from ms4_wizard.steps import QUESTIONS, STEPS
 
 LEAST = {"data": {"train": ["a.jsonl"]}}

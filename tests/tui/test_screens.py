@@ -10,7 +10,7 @@ from textual.pilot import Pilot
 from textual.widgets import Button, Input, TextArea
 
 from ms4_wizard import project, writing
-from ms4_wizard.questions import Answers
+from ms4_wizard.answers import Answers
 from ms4_wizard.screens.done import DoneScreen
 from ms4_wizard.screens.help import HelpScreen
 from ms4_wizard.steps import NUMBERS, STEPS

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ms4_wizard import writing
-from ms4_wizard.questions import Answers
+from ms4_wizard.answers import Answers
 from tests.commands import snakemake, wait_for
 from tests.tui.runs import processes_in
 

@@ -13,9 +13,10 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ms4_wizard.draft import Draft
+if TYPE_CHECKING:  # the first screen does not wait for the configuration
+    from ms4_wizard.draft import Draft
 
 VERSION = 1
 
@@ -96,8 +97,16 @@ class Store:
             temporary.write_text(json.dumps(tree), encoding="ascii")
             temporary.replace(self._path)
 
+    def is_empty(self) -> bool:
+        """Whether no draft is kept."""
+        return not self._path.exists()
+
     def load(self) -> Kept | None:
         """The draft, or None if there is none or it cannot be read."""
+        if self.is_empty():
+            return None
+        from ms4_wizard.draft import Draft
+
         try:
             tree = json.loads(self._path.read_text(encoding="ascii"))
             if tree["version"] != VERSION:

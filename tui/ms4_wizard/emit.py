@@ -14,8 +14,8 @@ from ms4.data import sources
 from ms4.errors import Ms4Error
 from ms4.pipeline_files import pipeline_directory
 from ms4_wizard import costs, explain, readme
+from ms4_wizard.answers import Answers
 from ms4_wizard.costs import Cost
-from ms4_wizard.questions import Answers
 
 CONFIG = "config/config.yaml"
 SLURM = "profiles/slurm/config.yaml"

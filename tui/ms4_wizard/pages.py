@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ms4_wizard.questions import Answers, Question
+from ms4_wizard.answers import Answers
+from ms4_wizard.questions import Question
 
 PAGES: dict[str, str] = {
     "run.device": "The plan is made for the device that trains. Planning on a laptop for a GPU "

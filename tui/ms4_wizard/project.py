@@ -24,9 +24,9 @@ from ms4 import config, yaml_text
 from ms4.errors import Ms4Error
 from ms4.manifest import read_json, write_json, write_text
 from ms4.pipeline_files import PROJECT
+from ms4_wizard.answers import Answers, Where
 from ms4_wizard.emit import CONFIG, NO_REQUEUE, SLURM, relocate
 from ms4_wizard.merge import merge
-from ms4_wizard.questions import Answers, Where
 
 LINKS = {"local": "profiles/local", "slurm": "profiles/slurm"}
 """Links at a project's root: Snakemake looks there for a profile that is called so."""

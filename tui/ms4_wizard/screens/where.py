@@ -11,9 +11,9 @@ from textual.widgets import Input, Static
 
 from ms4.errors import printable
 from ms4_wizard import machine
+from ms4_wizard.answers import ONE_GPU
 from ms4_wizard.costs import Cost
 from ms4_wizard.machine import Known, Partition
-from ms4_wizard.questions import ONE_GPU
 from ms4_wizard.screens.step import StepScreen
 from ms4_wizard.targets import USUAL_HOURS
 
