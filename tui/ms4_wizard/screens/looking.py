@@ -23,6 +23,8 @@ class LookingScreen(StepScreen):
         Binding("ctrl+e", "samples", "Samples", priority=True),
     ]
     _look_timer: Timer | None = None
+    _offered = False
+    """Whether samples are, as the footer has it: to make it anew at each key would be dear."""
 
     @property
     def look(self) -> Look | None:
@@ -41,8 +43,7 @@ class LookingScreen(StepScreen):
 
     def show_extra(self, found: Cost | str) -> None:
         """What is known of the data; look at it when the keys rest."""
-        self.show_look(self.look)
-        self.refresh_bindings()
+        self._show(self.look)
         if self._look_timer is not None:
             self._look_timer.stop()
         self._look_timer = self.set_timer(LOOK_AFTER, lambda: self.flow.look(self.app))
@@ -52,8 +53,14 @@ class LookingScreen(StepScreen):
         look = self.look
         if look is not None and look.state == "done":
             self.show_plan()  # the steps are known
+        self._show(look)
+
+    def _show(self, look: Look | None) -> None:
         self.show_look(look)
-        self.refresh_bindings()
+        offered = bool(look and look.samples)
+        if offered != self._offered:
+            self._offered = offered
+            self.refresh_bindings()
 
     def action_samples(self) -> None:
         """Samples as the model sees them."""

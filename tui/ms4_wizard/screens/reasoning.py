@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.text import Text
+from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -12,6 +13,7 @@ from ms4.errors import printable
 from ms4_wizard.looking import Look
 from ms4_wizard.screens.looking import LookingScreen
 from ms4_wizard.widgets.data import efforts
+from ms4_wizard.widgets.plan import WARNING
 
 
 class ReasoningScreen(LookingScreen):
@@ -29,7 +31,7 @@ class ReasoningScreen(LookingScreen):
         elif look.state == "reading":
             effect.update(Text("Reading the data under this effort…", "dim"))
         elif not look.found:
-            effect.update(Text(printable(look.error), "yellow"))
+            effect.update(Content.styled(printable(look.error), WARNING))
         else:
             text = Text("Your data, so read:\n", "bold")
             for line in efforts(look):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.text import Text
+from textual.content import Content
 from textual.suggester import SuggestFromList
 from textual.widget import Widget
 from textual.widgets import Input, Static
@@ -16,6 +16,7 @@ from ms4_wizard.costs import Cost
 from ms4_wizard.machine import Known, Partition
 from ms4_wizard.screens.step import StepScreen
 from ms4_wizard.targets import USUAL_HOURS
+from ms4_wizard.widgets.plan import WARNING
 
 
 def described(partition: Partition) -> str:
@@ -50,19 +51,19 @@ class WhereScreen(StepScreen):
         slurm_chosen = self.flow.draft.get("where.run") == "slurm"
         fixed = self.query_one("#fixed", Static)
         fixed.display = slurm_chosen
-        fixed.update(Text.assemble(("GPUs 1, nodes 1", "bold"), f": {ONE_GPU}."))
-        told = Text()
+        fixed.update(Content.assemble(("GPUs 1, nodes 1", "bold"), f": {ONE_GPU}."))
+        told: list[str | tuple[str, str]] = []
         slurm = Known.machine.slurm if Known.machine is not None else None
         if slurm_chosen and slurm is not None:
             for fault in self._faults(slurm):
-                told.append(f"{printable(fault)}\n", "yellow")
+                told.append((f"{printable(fault)}\n", WARNING))
             if slurm.partitions:
-                told.append("Partitions here:\n", "bold")
+                told.append(("Partitions here:\n", "bold"))
             for partition in slurm.partitions:
                 told.append(f"  {printable(described(partition))}\n")
         elif slurm_chosen and Known.machine is not None:
-            told.append("No Slurm answers on this machine: names are not checked.", "dim")
-        self.query_one("#cluster", Static).update(told)
+            told.append(("No Slurm answers on this machine: names are not checked.", "dim"))
+        self.query_one("#cluster", Static).update(Content.assemble(*told))
 
     def _faults(self, slurm: machine.Slurm) -> Iterable[str]:
         get = self.flow.draft.get
