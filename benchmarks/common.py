@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import json
 import os
 import platform
+import pty
 import resource
+import statistics
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,8 +26,8 @@ import psutil
 
 from ms4 import config
 from ms4_wizard import answers_file, emit, project
+from ms4_wizard.answers import Answers
 from ms4_wizard.draft import Draft
-from ms4_wizard.questions import Answers
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RECORDS = CHECKOUT / "benchmarks/records"
@@ -71,6 +76,40 @@ def run(root: Path, *command: str) -> dict[str, float]:
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu, 1),
         "peak_gib": round(peak / 2**30, 2),
+    }
+
+
+def on_a_terminal(
+    command: list[str], place: Path, **environment: str
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start a command on a terminal of 80 × 24 of its own; its process, and the terminal's other
+    end. What it keeps of itself goes to `place`, which is its current directory."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    own = {**os.environ, "TERM": "xterm-256color", "HOME": str(place)}
+    own |= {name: str(place) for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME")}
+    own.pop("PYTHONPATH", None)
+    if command[0] == sys.executable:
+        own["PYTHONPATH"] = f"{CHECKOUT / 'workflow'}:{CHECKOUT / 'tui'}"
+    process = subprocess.Popen(
+        command,
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        cwd=place,
+        env=own | environment,
+        start_new_session=True,
+    )
+    os.close(follower)
+    return process, leader
+
+
+def spread(values: list[float], digits: int = 3) -> dict[str, float]:
+    """Median, least and most."""
+    return {
+        "median": round(statistics.median(values), digits),
+        "min": round(min(values), digits),
+        "max": round(max(values), digits),
     }
 
 

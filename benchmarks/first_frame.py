@@ -3,24 +3,20 @@ Textual applications in environments of their own, and a bare Python."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
 import select
 import shutil
 import signal
-import statistics
-import struct
 import subprocess
 import sys
 import tempfile
-import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from common import CHECKOUT, record
+import psutil
+
+from common import on_a_terminal, record, spread
 
 RUNS = 15
 LIMIT_S = 60
@@ -34,33 +30,17 @@ FRAME = b"New project"
 """In the wizard's first frame: the first choice."""
 
 
-def first_frame(command: list[str], text: bytes, home: Path) -> float:
-    """Start a command on a terminal of 80 × 24 and wait until a text is drawn.
+def first_frame(command: list[str], text: bytes, home: Path) -> tuple[float, float]:
+    """Start a command on a terminal and wait until a text is drawn; wall seconds, and CPU seconds
+    of the process and its children until then.
 
     Args:
         command: to start.
         text: that its first frame holds.
         home: a directory for what it keeps of itself.
     """
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color", "HOME": str(home)}
-    environment |= {name: str(home) for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME")}
-    if command[0] == sys.executable:
-        environment["PYTHONPATH"] = f"{CHECKOUT / 'workflow'}:{CHECKOUT / 'tui'}"
-    else:
-        environment.pop("PYTHONPATH", None)
     started = time.perf_counter()
-    process = subprocess.Popen(
-        command,
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        cwd=home,
-        env=environment,
-        start_new_session=True,
-    )
-    os.close(follower)
+    process, leader = on_a_terminal(command, home)
     seen = b""
     try:
         while text not in seen:
@@ -70,18 +50,21 @@ def first_frame(command: list[str], text: bytes, home: Path) -> float:
                 seen += os.read(leader, 65536)
             except OSError:  # the terminal is closed: it ended
                 sys.exit(f"{command} ended; the terminal got {seen!r}")
-        return time.perf_counter() - started
+        return time.perf_counter() - started, sum(psutil.Process(process.pid).cpu_times()[:4])
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         os.close(leader)
 
 
-def bare_python() -> float:
+def bare_python() -> tuple[float, float]:
     """Start Python and import nothing: what no program of ours can go below."""
-    started = time.perf_counter()
+    started, before = time.perf_counter(), os.times()
     subprocess.run([sys.executable, "-c", "pass"], check=True)
-    return time.perf_counter() - started
+    spent = os.times()
+    cpu = spent.children_user + spent.children_system
+    cpu -= before.children_user + before.children_system
+    return time.perf_counter() - started, cpu
 
 
 def install(directory: Path, requirement: str) -> Path:
@@ -92,22 +75,13 @@ def install(directory: Path, requirement: str) -> Path:
     return directory / "bin"
 
 
-def summary(seconds: list[float]) -> dict[str, float]:
-    """Median and extremes."""
-    return {
-        "median": round(statistics.median(seconds), 3),
-        "min": round(min(seconds), 3),
-        "max": round(max(seconds), 3),
-    }
-
-
 def main() -> None:
     """Take turns, the first turn unmeasured (it fills the disk's cache), and record."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         (root / "log.txt").write_text("a line of a log\n", encoding="utf-8")
         wizard = [sys.executable, "-m", "ms4_wizard"]
-        measured: dict[str, Callable[[], float]] = {
+        measured: dict[str, Callable[[], tuple[float, float]]] = {
             "bare python": bare_python,
             "ms4-wizard": lambda: first_frame(wizard, FRAME, root),
         }
@@ -117,18 +91,20 @@ def main() -> None:
             measured[app] = lambda whole=whole, text=text: first_frame(  # type: ignore[misc]
                 whole, text, root
             )
-        times: dict[str, list[float]] = {app: [] for app in measured}
+        times: dict[str, list[tuple[float, float]]] = {app: [] for app in measured}
         for number in range(RUNS + 1):
             for app, measure in measured.items():
-                seconds = measure()
+                taken = measure()
                 if number:
-                    times[app].append(seconds)
-    result: dict[str, Any] = {app: summary(seconds) for app, seconds in times.items()}
+                    times[app].append(taken)
+    wall = {app: spread([seconds for seconds, _ in taken]) for app, taken in times.items()}
+    cpu = {app: spread([seconds for _, seconds in taken]) for app, taken in times.items()}
     record(
         "first_frame",
         CLAIM,
         {
-            "seconds": result,
+            "seconds": wall,
+            "cpu_seconds": cpu,
             "versions": [requirement for requirement, _, _ in OTHERS.values()],
             "nvidia_smi": shutil.which("nvidia-smi") is not None,
             "load_average": os.getloadavg()[0],

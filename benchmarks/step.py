@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import stacks
-from common import record
+from common import record, spread
 from ms4 import spec
 from ms4.config import AdaptersSection, Checkpointing, Preset, TrainSection
 from ms4.model.module import IGNORED
@@ -183,15 +183,6 @@ def run_trainer(model: Any, data: Documents, policy: str, steps: Steps) -> float
         )
         trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[steps])
         return float(trainer.train().training_loss)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {
-        "median": round(statistics.median(values), 3),
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-    }
 
 
 def compare(case: Case, dims: spec.Dimensions, length: int, pairs: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import synthetic
-from common import peak_gib, record_part
+from common import peak_gib, record_part, spread
 
 PAIRS = 5
 LAYERS = 7
@@ -39,15 +38,6 @@ CLAIM = (
     " rate, in 1 GiB of memory whatever the size; the kernels at least 5 times torch's product (2 "
     "Gelem/s on two threads) and 12 times bitsandbytes' quantize_4bit."
 )
-
-
-def spread(values: list[float], digits: int = 3) -> dict[str, float]:
-    """Median, least and most."""
-    return {
-        "median": round(statistics.median(values), digits),
-        "min": round(min(values), digits),
-        "max": round(max(values), digits),
-    }
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -54,8 +54,12 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -
 
 
 def without_slurm_job() -> dict[str, str]:
-    """The environment, as it is outside a Slurm job."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    """The environment, as it is outside a Slurm job, of the same cluster."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or not name.startswith("SLURM_")
+    }
 
 
 PEAK = '''

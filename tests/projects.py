@@ -8,7 +8,7 @@ from typing import Any
 
 from ms4 import config
 from ms4_wizard import emit, project
-from ms4_wizard.questions import Answers
+from ms4_wizard.answers import Answers
 
 
 def write_project(root: Path, values: Mapping[str, Any]) -> Path:

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from ms4.data.tekken import write_tekken
+from ms4_wizard import emit
+from ms4_wizard.answers import Answers
 from tests.commands import run, wait_for, without_slurm_job
 from tests.fetching import make_checkpoint
 from tests.toy import runs
@@ -213,3 +215,31 @@ def test_resume_stops_if_the_queue_cannot_be_seen(toy: Path) -> None:
     (toy / "go").touch()
     answer = run(*command, "local", cwd=toy, env=env)
     assert answer.returncode == 0, answer.stdout
+
+
+@pytest.mark.parametrize("requeue", ["always", "never"])
+def test_requeue_is_what_slurm_is_told(toy: Path, start: Start, requeue: str) -> None:
+    """A job that Slurm begins again goes on; one that it does not may not be put back."""
+    profile = toy / "profiles/slurm/config.yaml"
+    values = {"data": {"train": ["-"]}, "where": {"run": "slurm", "requeue": requeue}}
+    files = emit.project_files(Answers.model_validate(values | {"model": {"source": "tiny"}}))
+    profile.write_text(files[str(profile.relative_to(toy))])
+    log = toy / "out"
+    process = start(*SNAKEMAKE, cwd=toy, env=without_slurm_job(), log=log)
+    wait_for(lambda: runs(toy), "the stage")
+    number = jobs_of(toy)[0][0]
+    told = subprocess.check_output(["scontrol", "show", "job", number], text=True)
+    assert f" Requeue={int(requeue == 'always')} " in told
+    again = subprocess.run(["scontrol", "requeue", number], capture_output=True, check=False)
+    assert (again.returncode == 0) == (requeue == "always"), again.stderr
+    begun = 1 + (requeue == "always")
+    if begun == 2:
+        # Slurm lets two minutes pass before it begins such a job; a person can say otherwise.
+        wait_for(lambda: [state for _, state in jobs_of(toy)] == ["PENDING"], "the queue")
+        subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], check=True)
+    wait_for(lambda: [line.split()[0] for line in runs(toy)].count("begin") == begun, "it begins")
+    assert [job for job, _ in jobs_of(toy)] == [number], "the same job"
+    (toy / "go").touch()
+    assert process.wait(300) == 0, log.read_text()
+    assert runs(toy)[-1].startswith("end")
+    assert (toy / "results/train.json").exists()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ms4_wizard.answers import Answers
 from ms4_wizard.machine import Known, Machine, Partition, Slurm
-from ms4_wizard.questions import Answers
 
 DATA = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 

@@ -11,7 +11,7 @@ import pytest
 from textual.pilot import Pilot
 
 from ms4_wizard import project, writing
-from ms4_wizard.questions import Answers
+from ms4_wizard.answers import Answers
 from ms4_wizard.screens.done import DoneScreen
 from ms4_wizard.steps import QUESTIONS
 from ms4_wizard.widgets.choices import Choices

@@ -16,6 +16,8 @@ from textual.pilot import Pilot
 from textual.widgets import TextArea
 
 from ms4.data import preview, sources
+from ms4_wizard import costs
+from ms4_wizard.answers import Answers
 from ms4_wizard.app import WizardApp
 from ms4_wizard.draft import Draft
 from ms4_wizard.flow import Flow
@@ -168,3 +170,32 @@ def test_the_child_says_what_is_wrong(place: Path, values: dict[str, Any], messa
     last = json.loads(done.stdout.splitlines()[-1])
     assert message in json.dumps(last)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("key", ["data", "reasoning"])
+def test_a_key_makes_one_plan(place: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """Also when the data is known: what is shown of it needs no plan of its own."""
+    (place / "train.jsonl").write_text(record("q", "a") * 3)
+    plans: list[object] = []
+    whole = costs.cost
+
+    def counted(answers: Answers) -> costs.Cost:
+        plans.append(answers)
+        return whole(answers)
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, "data")
+        await until(pilot, lambda: settled(pilot.app))
+        await go_to(pilot, key)
+        await until(pilot, lambda: settled(pilot.app))
+        await pilot.pause()
+        monkeypatch.setattr(costs, "cost", counted)
+        field = {"data": "data.train", "reasoning": "data.reasoning"}[key]
+        control = answer(pilot, field).control
+        control.focus()
+        await until(pilot, lambda: control.has_focus)
+        await pilot.press(*{"data": ["x"], "reasoning": ["down", "enter"]}[key])
+        await pilot.pause()
+        assert len(plans) == 1
+
+    drive(app_with_looker(VALUES), how)

@@ -10,8 +10,8 @@ from textual.pilot import Pilot
 from textual.widgets import OptionList
 
 from ms4_wizard import drafts, merge, writing
+from ms4_wizard.answers import Answers
 from ms4_wizard.draft import Draft
-from ms4_wizard.questions import Answers
 from ms4_wizard.screens.done import DoneScreen
 from ms4_wizard.screens.review import ReviewScreen
 from ms4_wizard.screens.step import StepScreen
@@ -38,6 +38,23 @@ def test_each_key_is_kept(place: Path) -> None:
     assert kept is not None
     assert kept.directory == "project"
     assert kept.draft.text(QUESTIONS["data.test"]) == "held = sets/test.jsonl\nhalf a li"
+
+
+def test_a_line_that_is_typed_half_is_more_than_no_draft(place: Path) -> None:
+    """Its values are those of a new project: what was typed stands beside them."""
+    directory, store = Path("project"), drafts.Store(Path("project"), place / "state")
+    draft = Draft({"data": {"test": {}}})
+    draft.answer(QUESTIONS["data.test"], "half a li")
+    store.save(draft, "project")
+    kept = store.load()
+    assert kept is not None
+    same = Draft({"data": {"test": {}}})
+    assert kept.draft.values == same.values
+    assert kept.adds_to(same, directory)
+    assert kept.count == 1
+    assert kept.draft.text(QUESTIONS["data.test"]) == "half a li"
+    assert not kept.adds_to(draft, Path("x/../project")), "it says nothing else"
+    assert kept.adds_to(draft, Path("other")), "where to write was typed, too"
 
 
 def test_draft_is_offered_and_goes_on(place: Path) -> None:

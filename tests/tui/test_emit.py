@@ -16,7 +16,7 @@ import ms4
 from ms4 import config
 from ms4.errors import Ms4Error
 from ms4_wizard import answers_file, emit, project, writing
-from ms4_wizard.questions import Answers
+from ms4_wizard.answers import Answers
 from tests.commands import CHECKOUT, run, snakemake
 from tests.tui.conftest import contents
 

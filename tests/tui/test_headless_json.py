@@ -38,6 +38,25 @@ def test_dry_run_writes_nothing(place: Path) -> None:
     assert not (place / "p").exists()
 
 
+def test_files_are_named_alike_before_and_after(place: Path) -> None:
+    """A dry run announces what writing then does: in a new project, in one that changes, in one
+    where a file was edited, and in one where nothing is left to do."""
+    new = report(place, "--dry-run", "p")[1]["files"]
+    assert new == report(place, "p")[1]["files"]
+    assert set(new.values()) == {"written"}
+    assert set(new) == set(json.loads((place / "p/config/project.json").read_text())["files"])
+    assert report(place, "p")[1]["files"] == {}
+    rules = place / "p/rules/train.smk"
+    rules.write_text(rules.read_text() + "# mine\n")
+    change = ("--set", "train.steps=7")
+    told = report(place, "--dry-run", "p", *change)[1]["files"]
+    assert told == {
+        **{"README.md": "written", "config/config.yaml": "written"},
+        "rules/train.smk": "kept",
+    }
+    assert report(place, "p", *change)[1]["files"] == told
+
+
 def test_partial_answers_name_what_is_missing(place: Path) -> None:
     code, tree = report(place, "p", typed="adapters: {rank: many}\nsed: 1")
     assert (code, tree["ok"], tree["exit_code"], tree["kind"]) == (2, False, 2, "answers")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from ms4 import config
 from ms4.errors import Ms4Error
 from ms4_wizard import writing
+from ms4_wizard.answers import Answers
 from ms4_wizard.draft import Draft
 from ms4_wizard.project import read_project
-from ms4_wizard.questions import Answers
 from ms4_wizard.steps import STEPS
 from tests.commands import snakemake
 

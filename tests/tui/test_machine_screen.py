@@ -14,13 +14,9 @@ from ms4_wizard.draft import Draft
 from ms4_wizard.machine import Known, Partition
 from ms4_wizard.widgets.machine import Targets, facts
 from tests.tui.conftest import MACHINE
-from tests.tui.driving import VALUES, app_of, drive, go_to
+from tests.tui.driving import VALUES, app_of, drive, go_to, screen_text
 
 SIZES = ((80, 24), (140, 45))
-
-
-def text(pilot: Pilot[Any]) -> str:
-    return "\n".join(strip.text for strip in pilot.app.screen._compositor.render_strips())
 
 
 async def choose(pilot: Pilot[Any], name: str) -> None:
@@ -41,7 +37,7 @@ async def choose(pilot: Pilot[Any], name: str) -> None:
 def test_it_shows_what_was_found(place: Path, size: tuple[int, int]) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
         await go_to(pilot, "machine")
-        seen = text(pilot)
+        seen = screen_text(pilot)
         for part in (
             "96 cores",
             "755 GiB, 701 free",
@@ -62,12 +58,12 @@ def test_a_gpu_by_its_name(place: Path) -> None:
         draft: Draft = pilot.app.flow.draft  # type: ignore[attr-defined]
         await choose(pilot, "RTX 4090")
         assert (draft.get("run.device"), draft.get("run.memory_gib")) == ("cuda", 24.0)
-        assert "● RTX 4090" in text(pilot)
-        assert "● cuda" in text(pilot)
-        assert "does not fit" in text(pilot)
+        assert "● RTX 4090" in screen_text(pilot)
+        assert "● cuda" in screen_text(pilot)
+        assert "does not fit" in screen_text(pilot)
         await choose(pilot, "H200 SXM")
         assert draft.get("run.memory_gib") == 140.4
-        assert "fits: " in text(pilot)
+        assert "fits: " in screen_text(pilot)
         await choose(pilot, "this machine")
         assert (draft.get("run.device"), draft.get("run.memory_gib")) == ("auto", None)
 
@@ -101,9 +97,9 @@ def test_what_is_not_known_yet_is_looked_for(place: Path, monkeypatch: pytest.Mo
         await pilot.app.workers.wait_for_complete()
         await pilot.pause()
         assert Known.machine is not None
-        assert "nvidia-smi is not" in text(pilot)
-        assert "not installed here" in text(pilot)
-        assert "Slurm gpu" not in text(pilot)
+        assert "nvidia-smi is not" in screen_text(pilot)
+        assert "not installed here" in screen_text(pilot)
+        assert "Slurm gpu" not in screen_text(pilot)
 
     drive(app_of(VALUES), how)
 

@@ -17,7 +17,7 @@ from ms4 import plan as planner
 from ms4 import throughput
 from ms4.device import GIB, GPUS
 from ms4_wizard import costs, suggest
-from ms4_wizard.questions import Answers
+from ms4_wizard.answers import Answers
 from ms4_wizard.screens.help import HelpScreen
 from ms4_wizard.speed import Size, duration, gpu_of, speed
 from ms4_wizard.widgets.plan import OTHER, OVER, bar, parts, scale_line

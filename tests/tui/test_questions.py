@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from ms4 import spec
 from ms4.errors import Ms4Error
+from ms4_wizard.answers import field_type, read_setting
 from ms4_wizard.draft import Draft
 from ms4_wizard.pages import PAGES, page
-from ms4_wizard.questions import LINES, Question, field_type, read_setting
+from ms4_wizard.questions import LINES, Question
 from ms4_wizard.steps import QUESTIONS, STEPS
 
 LEAST = {"data": {"train": ["a.jsonl"]}}
@@ -216,7 +217,7 @@ def test_missing_and_unknown() -> None:
 def test_slurm_is_asked_only_for_slurm() -> None:
     draft = Draft(LEAST)
     slurm = [q for q in QUESTIONS.values() if q.field.startswith("where.") and q.only_if]
-    assert len(slurm) == 3
+    assert len(slurm) == 4
     assert not any(draft.asks(question) for question in slurm)
     draft.set("where.run", "slurm")
     assert all(draft.asks(question) for question in slurm)

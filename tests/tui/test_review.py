@@ -9,8 +9,8 @@ from textual.pilot import Pilot
 from textual.widgets import Input, OptionList
 
 from ms4_wizard import project, writing
+from ms4_wizard.answers import Answers
 from ms4_wizard.draft import Draft
-from ms4_wizard.questions import Answers
 from ms4_wizard.screens.diff import DiffScreen
 from ms4_wizard.screens.done import DoneScreen
 from ms4_wizard.screens.edit import EditScreen

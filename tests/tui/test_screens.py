@@ -10,7 +10,7 @@ from textual.pilot import Pilot
 from textual.widgets import Button, Input, TextArea
 
 from ms4_wizard import project, writing
-from ms4_wizard.questions import Answers
+from ms4_wizard.answers import Answers
 from ms4_wizard.screens.done import DoneScreen
 from ms4_wizard.screens.help import HelpScreen
 from ms4_wizard.steps import NUMBERS, STEPS
@@ -58,7 +58,8 @@ def test_from_nothing_to_a_project(place: Path) -> None:
         await until(pilot, lambda: line.has_focus)
         await pilot.press("ctrl+u", *"2")
         await go_to(pilot, "where")
-        await pilot.press("down", "enter", "tab", *"gpu", "tab", *"me", "tab", *"5")
+        await pilot.press("down", "enter", "tab", *"gpu", "tab", *"me", "tab", *"5", "tab")
+        await pilot.press("down", "enter")
         await go_to(pilot, "evaluation")
         await pilot.press(*"held = sets/test.jsonl", "tab", "tab", "tab", "tab")
         thresholds = answer(pilot, "evaluate.min_exact_match").query_one(TextArea)
@@ -88,7 +89,10 @@ def test_from_nothing_to_a_project(place: Path) -> None:
             "train": read.train.model_dump() | {"accumulation": 2, "learning_rate": 0.002},
             "evaluate": {"min_exact_match": {"held": 0.5}},
             "run": {"device": "cpu", "memory_gib": 4},
-            "where": {"run": "slurm", "partition": "gpu", "account": "me", "hours": 5},
+            "where": {
+                **{"run": "slurm", "partition": "gpu", "account": "me", "hours": 5},
+                "requeue": "always",
+            },
         }
     )
     assert read.model_dump() == wanted.model_dump()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from ms4_wizard import writing
+from ms4_wizard.answers import Answers
 from tests.commands import snakemake, wait_for
 from tests.tui.runs import processes_in
 
@@ -152,6 +154,30 @@ def test_from_the_first_screen_to_a_finished_run(
         other.press("C-q")
         other.wait_for("Nothing was written.")
         assert (place / "ms4-project/config/config.yaml").read_text() == text
+
+
+def test_a_closed_terminal_loses_nothing(place: Path, terminal: Terminal) -> None:
+    """Not even a line that was typed half, over a project that says the rest."""
+    values = {"data": {"train": ["train.jsonl"]}, "model": {"source": "tiny"}}
+    writing.write_from_answers(Answers.model_validate(values), Path("p"))
+    state = f"XDG_STATE_HOME={place / 'state'}"
+    terminal.type(f"export {state}\n")
+    start(terminal, "p")
+    terminal.wait_for("11 of 11")
+    terminal.wait_for("at its fullest")
+    terminal.press("Escape")
+    terminal.wait_for("10 of 11")
+    terminal.type("half a li")
+    terminal.wait_for("half a li")
+    terminal.end()
+    with opened(place) as other:
+        other.type(f"export {state}\n")
+        start(other, "p")
+        other.wait_for("Go on with the draft")
+        other.press("Enter")
+        other.wait_for("11 of 11")
+        other.press("Escape")
+        other.wait_for("half a li")
 
 
 def conversation(words: str) -> str:

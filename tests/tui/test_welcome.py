@@ -10,8 +10,8 @@ from textual.pilot import Pilot
 from textual.widgets import Input
 
 from ms4_wizard import demo, project, writing
+from ms4_wizard.answers import Answers
 from ms4_wizard.paths import candidates, complete
-from ms4_wizard.questions import Answers
 from ms4_wizard.screens.review import ReviewScreen
 from ms4_wizard.screens.step import StepScreen
 from tests.commands import CHECKOUT

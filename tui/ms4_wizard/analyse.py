@@ -29,7 +29,7 @@ def _say(out: TextIO, **what: Any) -> None:
 def main() -> int:
     """Read, look, and tell; returns the exit code."""
     out = sys.stdout
-    os.nice(10)  # the screen comes first
+    os.nice(19)  # the screen comes first
     from ms4.config import RunConfig, check
     from ms4.data import preview, sources
     from ms4.errors import Ms4Error

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from ms4 import config, yaml_text
 from ms4.errors import Ms4Error
-from ms4_wizard import questions
+from ms4_wizard import answers
+from ms4_wizard.answers import Answers
 from ms4_wizard.draft import Draft
-from ms4_wizard.questions import Answers
 
 
 def with_settings(draft: Draft, settings: Sequence[str]) -> Draft:
@@ -24,7 +24,7 @@ def with_settings(draft: Draft, settings: Sequence[str]) -> Draft:
         Ms4Error: a setting is wrong.
     """
     for setting in settings:
-        draft.set(*questions.read_setting(setting))
+        draft.set(*answers.read_setting(setting))
     return draft
 
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on
 from textual.app import App, SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
-from ms4_wizard import costs
 from ms4_wizard.drafts import Kept
-from ms4_wizard.flow import Flow, Go
+from ms4_wizard.go import Go
 from ms4_wizard.preferences import Preferences
-from ms4_wizard.screens.step import PlanScreen, StepScreen
+from ms4_wizard.screens.welcome import WelcomeScreen
 from ms4_wizard.steps import STEPS
+
+if TYPE_CHECKING:  # configuration and planner come after the first frame
+    from ms4_wizard.flow import Flow
 
 OWN = {
     "machine": "machine.MachineScreen",
@@ -28,8 +30,8 @@ OWN = {
     "training": "training.TrainingScreen",
     "where": "where.WhereScreen",
 }
-"""Steps whose screen shows more than its questions; imported when they are needed, so that the
-first screen is there at once."""
+"""Steps whose screen shows more than its questions. They are imported when they are needed, as is
+everything that needs a configuration: the first frame waits for Textual alone."""
 
 
 class WizardApp(App[list[str]]):
@@ -46,7 +48,7 @@ class WizardApp(App[list[str]]):
 
     def __init__(
         self,
-        flow: Flow,
+        flow: Flow | Callable[[], Flow],
         *,
         welcome: bool = False,
         kept: Kept | None = None,
@@ -54,54 +56,82 @@ class WizardApp(App[list[str]]):
     ) -> None:
         """
         Args:
-            flow: the state of the session.
+            flow: the state of the session, or what makes it once the first screen is left.
             welcome: begin with the choice of what to begin with.
             kept: a draft that was found: it is offered there.
             preferences: how the screens look; None: as they come, and not kept.
         """
         super().__init__()
-        self.flow = flow
+        self._make = flow if callable(flow) else None
+        self._flow = None if callable(flow) else flow
+        self._prepared = False
         self._welcome = welcome or kept is not None
         self._kept = kept
         self._preferences = preferences
 
-    def on_mount(self) -> None:
-        """A new project begins with the first question, one that exists with all its answers.
+    @property
+    def flow(self) -> Flow:
+        """The state of the session."""
+        if self._flow is None:
+            assert self._make is not None  # noqa: S101 - one of both was given
+            self._flow = self._make()
+        return self._flow
 
-        The first frame does not wait for nvidia-smi."""
+    def on_mount(self) -> None:
+        """A new project begins with the first question, one that exists with all its answers."""
         if self._preferences is not None:
             self.theme = self._preferences.theme()
-        if not costs.machine_is_known():
+        if self._welcome:
+            self.push_screen(self._screen(-1))
+            return
+        self.prepare()
+        self.push_screen(self._screen(len(STEPS) if self.flow.opened else 0))
+
+    def on_ready(self) -> None:
+        """The first screen has begun: once it is drawn, what the next ones need is prepared."""
+        self.screen.call_after_refresh(self.prepare)
+
+    def prepare(self) -> None:
+        """Import what the questions need and look at the machine, beside the screen: the first
+        frame waits for neither, nor for nvidia-smi."""
+        if not self._prepared:
+            self._prepared = True
             self.run_worker(self._look_at_the_machine, thread=True)
-        last = len(STEPS) if self.flow.opened else 0
-        self.push_screen(self._screen(-1 if self._welcome else last))
 
     async def on_unmount(self) -> None:
         """Nothing goes on looking at the data."""
-        if self.flow.looker is not None:
-            await self.flow.looker.close()
+        if self._flow is not None and self._flow.looker is not None:
+            await self._flow.looker.close()
 
     def _look_at_the_machine(self) -> None:
-        costs.look_at_the_machine()
-        self.call_from_thread(self._show_the_plan)
+        from ms4_wizard import costs
+        from ms4_wizard.screens import machine, review  # noqa: F401 - the next ones
+
+        if not costs.machine_is_known():
+            costs.look_at_the_machine()
+            self.call_from_thread(self._show_the_plan)
 
     def _show_the_plan(self) -> None:
         # The answer may be there before the screen is: that will find the machine known.
+        from ms4_wizard.screens.step import PlanScreen
+
         screen = self.screen
         if isinstance(screen, PlanScreen) and screen.is_mounted:
             screen.machine_found()
 
     def _screen(self, number: int) -> Screen[Any]:
         if number < 0:
-            from ms4_wizard.screens.welcome import WelcomeScreen
-
-            return WelcomeScreen(self.flow, self._kept)
+            flow = self._flow
+            opened = flow.directory if flow is not None and flow.opened is not None else None
+            return WelcomeScreen(self._kept, opened)
         if number >= len(STEPS):
             from ms4_wizard.screens.review import ReviewScreen
 
             return ReviewScreen(self.flow)
         key = STEPS[number].key
         if key not in OWN:
+            from ms4_wizard.screens.step import StepScreen
+
             return StepScreen(self.flow, number)
         module, _, name = OWN[key].partition(".")
         kind = getattr(import_module(f"ms4_wizard.screens.{module}"), name)

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ms4
-from ms4 import completion, config, settings
+from ms4 import completion
 from ms4.errors import Ms4Error, printable
-from ms4_wizard import costs, project, questions
-from ms4_wizard.answers_file import FaultyAnswersError, read_answers, with_settings
-from ms4_wizard.draft import Draft
-from ms4_wizard.questions import Answers
-from ms4_wizard.writing import write_from_answers
+
+# The first frame comes before the configuration and the planner: each function imports its own.
+if TYPE_CHECKING:
+    from ms4_wizard.answers import Answers
+    from ms4_wizard.costs import Cost
+    from ms4_wizard.drafts import Store
+    from ms4_wizard.flow import Flow
+    from ms4_wizard.project import Change
 
 DEFAULT_DIRECTORY = Path("ms4-project")
 EXIT_CODES = """\
@@ -39,6 +44,13 @@ def _watch_parser() -> argparse.ArgumentParser:
     from ms4_wizard.watch.cli import build_parser as build
 
     return build()
+
+
+def _keys() -> list[str]:
+    from ms4 import settings
+    from ms4_wizard.answers import Answers
+
+    return settings.field_names(Answers)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     completion.add_argument(
         parser,
-        keys=lambda: settings.field_names(questions.Answers),
+        keys=_keys,
         commands=lambda: {"watch": _watch_parser()},
     )
     return parser
@@ -113,26 +125,39 @@ def headless(arguments: argparse.Namespace, directory: Path) -> None:
     Raises:
         Ms4Error: the answers are wrong, or the project cannot be written.
     """
+    from ms4 import config
+    from ms4_wizard import costs, writing
+    from ms4_wizard.answers_file import read_answers
+
     answers = read_answers(arguments.answers, arguments.set)
     if arguments.print_config:
         sys.stdout.write(config.dump(answers.configuration()))
         return
     found = costs.cost(answers)
-    if not arguments.json:
+    changes: list[Change] = []
+    if arguments.json:
+        changes = writing.preview(answers, directory)  # while there is a difference
+    else:
         costs.show(found)
-    told = write_from_answers(
+    told = writing.write_from_answers(
         answers, directory, dry_run=arguments.dry_run, overwrite=arguments.overwrite
     )
     if arguments.json:
-        print(json.dumps(_report(answers, directory, found, told, arguments.dry_run), indent=2))
+        report = _report(answers, directory, found, changes, arguments.dry_run)
+        print(json.dumps(report, indent=2))
     else:
         print(printable("\n".join(["", *told])))
 
 
 def _report(
-    answers: Answers, directory: Path, found: costs.Cost, told: list[str], dry_run: bool
+    answers: Answers,
+    directory: Path,
+    found: Cost,
+    changes: list[Change],
+    dry_run: bool,
 ) -> dict[str, Any]:
-    """What was done, for programs."""
+    """What was done, for programs. `files` is the same for a dry run and for what it announces:
+    the files that writing changes, and what becomes of each."""
     from ms4_wizard import writing
     from ms4_wizard.speed import speed
 
@@ -142,7 +167,7 @@ def _report(
         "exit_code": 0,
         "directory": str(directory),
         "written": not dry_run,
-        "files": [line.strip() for line in told[1:]] if dry_run else sorted(_listed(directory)),
+        "files": {change.name: change.what for change in sorted(changes, key=lambda c: c.name)},
         "next": writing.next_commands(answers, directory),
         "plan": {
             "device": found.kind,
@@ -167,13 +192,11 @@ def _report(
     }
 
 
-def _listed(directory: Path) -> list[str]:
-    note = project.read_note(directory)
-    return [] if note is None else list(note.files)
-
-
 def _refusal(error: Ms4Error) -> dict[str, Any]:
     """What is wrong, for programs."""
+    from ms4_wizard import project
+    from ms4_wizard.answers_file import FaultyAnswersError
+
     faulty = isinstance(error, FaultyAnswersError)
     return {
         "ok": False,
@@ -208,21 +231,24 @@ def screens(directory: Path, settings: Sequence[str], given: bool) -> list[str] 
             "there is no terminal for the screens. Give the answers in a file: "
             "ms4-wizard --answers FILE DIR (--print-schema says what it may hold)."
         )
-    exists = project.read_note(directory) is not None
-    draft = Draft.of(project.read_project(directory)) if exists else Draft({})
-    draft = with_settings(draft, settings)
     # Textual is imported for the screens only.
     from ms4_wizard.app import WizardApp
     from ms4_wizard.drafts import Store
-    from ms4_wizard.flow import Flow
-    from ms4_wizard.looking import Looker
     from ms4_wizard.preferences import Preferences
 
     store = Store(directory)
+    if not settings and store.is_empty() and _is_not_there(directory):
+        make = partial(_flow, directory, store)
+        return WizardApp(make, welcome=True, preferences=Preferences()).run()
+    from ms4_wizard import project
+    from ms4_wizard.answers_file import with_settings
+
+    exists = project.read_note(directory) is not None
+    flow = _flow(directory, store, exists)
+    flow.draft = with_settings(flow.draft, settings)
     kept = store.load()
-    if kept is not None and kept.draft.values == draft.values:
-        kept = None  # it says nothing else
-    flow = Flow(draft, directory, opened=exists, store=store, looker=Looker())
+    if kept is not None and not kept.adds_to(flow.draft, directory):
+        kept = None
     app = WizardApp(
         flow,
         welcome=not exists and not (given and settings),
@@ -230,6 +256,32 @@ def screens(directory: Path, settings: Sequence[str], given: bool) -> list[str] 
         preferences=Preferences(),
     )
     return app.run()
+
+
+def _is_not_there(directory: Path) -> bool:
+    """Whether it is plain that there is no such directory: so no project, and nothing else."""
+    try:
+        os.lstat(directory)
+    except FileNotFoundError:
+        return ".." not in directory.parts
+    except (OSError, ValueError):
+        pass  # reading the project will say what is wrong with it
+    return False
+
+
+def _flow(directory: Path, store: Store, opened: bool = False) -> Flow:
+    """The state of a session that begins with the answers of a project, or with none.
+
+    Raises:
+        Ms4Error: the project cannot be read.
+    """
+    from ms4_wizard import project
+    from ms4_wizard.draft import Draft
+    from ms4_wizard.flow import Flow
+    from ms4_wizard.looking import Looker
+
+    draft = Draft.of(project.read_project(directory)) if opened else Draft({})
+    return Flow(draft, directory, opened=opened, store=store, looker=Looker())
 
 
 def _has_a_current_directory() -> bool:
@@ -258,7 +310,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(words)
     try:
         if arguments.print_schema:
-            sys.stdout.write(questions.schema())
+            from ms4_wizard.answers import schema
+
+            sys.stdout.write(schema())
             return 0
         _only_with_answers(arguments)
         directory = arguments.directory or DEFAULT_DIRECTORY

@@ -9,9 +9,9 @@ from typing import Any
 
 from ms4 import fitting, plan, spec
 from ms4.config import RunConfig
-from ms4.device import GIB, Device, DeviceKind, find_device
+from ms4.device import GIB, Device, DeviceKind, find_device, find_gpu
 from ms4.errors import Ms4Error
-from ms4_wizard.questions import Answers
+from ms4_wizard.answers import Answers
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,17 @@ class Cost:
         return None if self.budget is None else self.plan.peak <= self.budget
 
 
+# nvidia-smi takes up to seconds: it is asked once, and not for each answer or at each key stroke.
+_gpu = cache(find_gpu)
+
+
 @cache
 def _look(wanted: str, budget: bool) -> Device | Ms4Error:
-    """The device, or why there is none: asked for once, and not at each key stroke."""
+    """The device, or why there is none."""
     run = {"device": wanted, "memory_gib": 1 if budget else None}
     try:
-        return find_device(RunConfig.model_validate({"data": {"train": ["-"]}, "run": run}))
+        configuration = RunConfig.model_validate({"data": {"train": ["-"]}, "run": run})
+        return find_device(configuration, None if wanted == "cpu" else _gpu())
     except Ms4Error as error:
         return error
 
@@ -48,7 +53,7 @@ _KNOWN = Event()
 
 
 def look_at_the_machine() -> None:
-    """Ask for every device that an answer can name; nvidia-smi takes up to seconds."""
+    """Find every device that an answer can name."""
     for wanted in ("auto", "cuda", "cpu"):
         for budget in (False, True):
             _look(wanted, budget)

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from ms4 import settings
 from ms4.errors import printable
-from ms4_wizard.questions import LINES, NAMED, Answers, Question, may_be_empty
+from ms4_wizard.answers import Answers, may_be_empty
+from ms4_wizard.questions import LINES, NAMED, Question
 from ms4_wizard.steps import STEPS
 
 

@@ -13,9 +13,10 @@ import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ms4_wizard.draft import Draft
+if TYPE_CHECKING:  # the first screen does not wait for the configuration
+    from ms4_wizard.draft import Draft
 
 VERSION = 1
 
@@ -38,7 +39,15 @@ class Kept:
     @property
     def count(self) -> int:
         """How many fields were given."""
-        return sum(self.draft.given(field) for field in _fields(self.draft.values))
+        given = {field for field in _fields(self.draft.values) if self.draft.given(field)}
+        return len(given | set(self.draft.typed))
+
+    def adds_to(self, draft: Draft, directory: Path) -> bool:
+        """Whether it says something else than other answers for a directory: in a value, in what
+        was typed and is no value yet, or in where the project is to be written."""
+        place, own = (os.path.normpath(Path.cwd() / where) for where in (directory, self.directory))
+        same = (self.draft.values, self.draft.typed) == (draft.values, draft.typed)
+        return not same or place != own
 
 
 def _fields(tree: Any, prefix: str = "") -> list[str]:
@@ -88,8 +97,16 @@ class Store:
             temporary.write_text(json.dumps(tree), encoding="ascii")
             temporary.replace(self._path)
 
+    def is_empty(self) -> bool:
+        """Whether no draft is kept."""
+        return not self._path.exists()
+
     def load(self) -> Kept | None:
         """The draft, or None if there is none or it cannot be read."""
+        if self.is_empty():
+            return None
+        from ms4_wizard.draft import Draft
+
         try:
             tree = json.loads(self._path.read_text(encoding="ascii"))
             if tree["version"] != VERSION:

@@ -14,11 +14,15 @@ from ms4.data import sources
 from ms4.errors import Ms4Error
 from ms4.pipeline_files import pipeline_directory
 from ms4_wizard import costs, explain, readme
+from ms4_wizard.answers import Answers
 from ms4_wizard.costs import Cost
-from ms4_wizard.questions import Answers
 
 CONFIG = "config/config.yaml"
 SLURM = "profiles/slurm/config.yaml"
+REQUEUE = "slurm-requeue: true"
+"""The line of the Slurm profile that makes every job one that Slurm puts back into its queue."""
+NO_REQUEUE = "--no-requeue"
+"""The opposite, which the executor has no setting for."""
 IGNORED = (
     *("weights/", "data/packed/", "data/faults.txt", "checkpoints/", "results/", "locks/"),
     *("logs/", ".snakemake/"),
@@ -139,7 +143,13 @@ def project_files(answers: Answers, found: Cost | None = None) -> dict[str, str]
 def _slurm_profile(text: str, answers: Answers) -> str:
     """The Slurm profile with the cluster's names, in the place of its commented examples."""
     where = answers.where
-    names = {"slurm_account": where.account, "slurm_partition": where.partition}
+    names = {
+        "slurm_account": where.account,
+        "slurm_partition": where.partition,
+        "slurm_extra": NO_REQUEUE if where.requeue == "never" else None,
+    }
+    if where.requeue == "always":
+        text = text.replace(f"\n# {REQUEUE}\n", f"\n{REQUEUE}\n")
     # Quoted: Snakemake evaluates these as Python, and a name like `input` means something there.
     defaults = [f"{key}='{name}'" for key, name in names.items() if name is not None]
     resources = [f"train:runtime={60 * where.hours}"] if where.hours is not None else []

@@ -10,8 +10,8 @@ from ms4 import memory
 from ms4.config import RunConfig
 from ms4.device import GIB
 from ms4.memory import size
+from ms4_wizard.answers import Answers
 from ms4_wizard.costs import Cost
-from ms4_wizard.questions import Answers
 from ms4_wizard.steps import QUESTIONS
 
 

@@ -7,23 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from textual.app import App
-from textual.message import Message
 
 from ms4.errors import Ms4Error, printable
 from ms4_wizard import costs, drafts, emit, suggest
+from ms4_wizard.answers import Answers
 from ms4_wizard.draft import Draft
 from ms4_wizard.looking import Looker
-from ms4_wizard.questions import Answers
 from ms4_wizard.speed import Size, Speed, speed
 from ms4_wizard.steps import QUESTIONS
-
-
-class Go(Message):
-    """A screen asks for another one, by the step's number; the one after the last is the review."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__()
-        self.number = number
 
 
 class Flow:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ms4_wizard.questions import Answers
+from ms4_wizard.answers import Answers
 from ms4_wizard.speed import Size
 
 LONGEST = 1_048_576
@@ -104,7 +104,7 @@ class Looker:
             look.state = "failed"
             words = (await errors).decode(errors="replace").strip().splitlines()
             look.error = words[-1] if words else f"it ended with code {process.returncode}"
-        told()
+            told()
 
     def _kill(self) -> None:
         process = self._process

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ms4_wizard.questions import Answers, Question
+from ms4_wizard.answers import Answers
+from ms4_wizard.questions import Question
 
 PAGES: dict[str, str] = {
     "run.device": "The plan is made for the device that trains. Planning on a laptop for a GPU "
@@ -56,6 +57,10 @@ PAGES: dict[str, str] = {
     "where.account": "`sacctmgr show associations user=$USER` lists them.",
     "where.hours": "Training keeps its state every few steps, so a short limit that starts earlier "
     "is no loss.",
+    "where.requeue": "A job that is begun again finds what is whole on the disk and goes on from "
+    "there: training from its last checkpoint. `always` is `sbatch --requeue` and keeps the job's "
+    "number and its age in the queue; `never` is `sbatch --no-requeue`, and Snakemake submits the "
+    "stage again, twice at most.",
     "data.test": "The untuned and the tuned model answer these. Take them aside before training: "
     "what the model has seen says nothing. Besides the task, hold out what must not be lost.",
     "data.holdout": "Where there is no data of its own to evaluate on. The share is chosen by the "

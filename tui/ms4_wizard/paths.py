@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ms4.config import expand_home
+from ms4.home import expand_home
 
 MOST = 2_000
 """Entries of a directory that are looked at; a person types more where there are more."""

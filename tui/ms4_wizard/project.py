@@ -24,9 +24,9 @@ from ms4 import config, yaml_text
 from ms4.errors import Ms4Error
 from ms4.manifest import read_json, write_json, write_text
 from ms4.pipeline_files import PROJECT
-from ms4_wizard.emit import CONFIG, SLURM, relocate
+from ms4_wizard.answers import Answers, Where
+from ms4_wizard.emit import CONFIG, NO_REQUEUE, SLURM, relocate
 from ms4_wizard.merge import merge
-from ms4_wizard.questions import Answers, Where
 
 LINKS = {"local": "profiles/local", "slurm": "profiles/slurm"}
 """Links at a project's root: Snakemake looks there for a profile that is called so."""
@@ -134,21 +134,28 @@ def read_project(directory: Path) -> Answers:
     if note is None:
         raise Ms4Error(f"{directory}: holds no ms4 project.")
     configuration = config.load(directory / CONFIG)
-    where = {**note.where, **_edited_names(directory / SLURM)}
+    where = {**note.where, **_edited_in_profile(directory / SLURM)}
     values = configuration.model_dump(mode="json") | {"where": where}
     answers = config.check(values, str(directory / PROJECT), model=Answers)
     return relocate(answers, directory, Path.cwd())
 
 
-def _edited_names(profile: Path) -> dict[str, str]:
-    """Partition and account as they stand in the Slurm profile: people enter them there."""
+def _edited_in_profile(profile: Path) -> dict[str, str]:
+    """Partition, account and requeueing as they stand in the Slurm profile: people enter them
+    there."""
     try:
-        entries = yaml.safe_load(profile.read_text(encoding="utf-8"))["default-resources"]
-        text = "\n".join(map(str, entries))
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        settings = yaml.safe_load(profile.read_text(encoding="utf-8"))
+        text = "\n".join(map(str, settings.get("default-resources") or ()))
+        requeue = settings.get("slurm-requeue")
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
         return {}  # none are given, or Snakemake will say what is wrong with the file
     found = re.findall(r"^slurm_(partition|account)=([\"']?)([\w.+-]+)\2$", text, re.MULTILINE)
-    return {key: name for key, _, name in found}
+    told = {key: name for key, _, name in found}
+    if requeue is True:
+        told["requeue"] = "always"
+    elif re.search(rf"^slurm_extra=([\"']?){NO_REQUEUE}\1$", text, re.MULTILINE):
+        told["requeue"] = "never"
+    return told
 
 
 # Writing.

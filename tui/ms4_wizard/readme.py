@@ -6,9 +6,9 @@ import ms4
 from ms4 import throughput
 from ms4.device import GIB
 from ms4.memory import size, trained_parameters
+from ms4_wizard.answers import Answers
 from ms4_wizard.costs import Cost
 from ms4_wizard.explain import count
-from ms4_wizard.questions import Answers
 
 START = {
     "local": "All stages run on this machine.",

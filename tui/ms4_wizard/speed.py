@@ -14,8 +14,8 @@ from ms4 import plan, throughput
 from ms4.device import GIB, GPUS, Gpu, gpus_called
 from ms4.errors import Ms4Error
 from ms4.manifest import read_json
+from ms4_wizard.answers import Answers
 from ms4_wizard.costs import Cost
-from ms4_wizard.questions import Answers
 
 FILL = 0.97
 """Share of a packed sequence that best-fit packing fills, where nothing was packed yet."""

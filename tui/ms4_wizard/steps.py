@@ -227,6 +227,19 @@ STEPS: tuple[Step, ...] = (
                 "Empty: 24. A job that meets its limit is submitted again and goes on.",
                 only_if=("where.run", "slurm"),
             ),
+            Question(
+                "where.requeue",
+                "choice",
+                "When a node fails or a job is preempted",
+                "Nothing that was computed is lost in any case. Most people leave cluster.",
+                (
+                    Choice("cluster", "as the cluster is set up (JobRequeue)"),
+                    Choice("always", "Slurm puts the job back into its queue"),
+                    Choice("never", "Snakemake submits another job"),
+                ),
+                only_if=("where.run", "slurm"),
+                label="Requeue",
+            ),
         ),
     ),
     Step(

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ms4 import fitting
+from ms4_wizard.answers import Answers
 from ms4_wizard.costs import Cost
-from ms4_wizard.questions import Answers
 from ms4_wizard.speed import Size
 
 STEP_TOKENS = 16_384
@@ -47,7 +47,7 @@ def suggestions(answers: Answers, data: Size | None, found: Cost | None) -> dict
     """
     length = answers.data.sequence_length
     batch, why = _batch(answers, data, length)
-    micro = _micro_batch(answers, found, batch)
+    micro = _micro_batch(found, batch)
     return {
         "data.sequence_length": _length(data),
         "train.micro_batch": Suggestion(
@@ -98,7 +98,7 @@ def _batch(answers: Answers, data: Size | None, length: int) -> tuple[int, str]:
     return 1 << int(math.log2(batch)), why
 
 
-def _micro_batch(answers: Answers, found: Cost | None, batch: int) -> int:
+def _micro_batch(found: Cost | None, batch: int) -> int:
     if found is None or found.budget is None or found.kind == "cpu":
         return 1
     train, data = found.config.train, found.config.data

@@ -8,8 +8,8 @@ from pathlib import Path
 from ms4 import config
 from ms4.errors import Ms4Error
 from ms4_wizard import costs, emit, project
+from ms4_wizard.answers import Answers
 from ms4_wizard.project import Change, Files
-from ms4_wizard.questions import Answers
 
 
 def files_of(answers: Answers, directory: Path) -> Files:

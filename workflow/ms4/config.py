@@ -24,6 +24,7 @@ from ms4.config_data import Name as Name
 from ms4.config_data import Section as Section
 from ms4.config_faults import describe
 from ms4.errors import Ms4Error
+from ms4.home import expand_home as expand_home
 from ms4.manifest import sha256_json
 
 Stage = Literal["fetch", "descale", "verify", "preprocess", "plan", "train", "evaluate", "deliver"]
@@ -445,11 +446,6 @@ def dump(config: RunConfig, notes: Mapping[str, str] | None = None) -> str:
         "",
     )
     return f"{head}{note}\n{_dump_section(config, config.model_dump(mode='json'), notes or {})}"
-
-
-def expand_home(text: str) -> Path:
-    """A path; a leading `~/` is the home directory. `~name` stays: it may be a file's name."""
-    return Path(text).expanduser() if text == "~" or text.startswith("~/") else Path(text)
 
 
 def local_directory(source: str, start: Path = Path()) -> Path | None:

@@ -70,15 +70,19 @@ def gpus_called(name: str) -> list[Gpu]:
     return [gpu for gpu in GPUS if gpu.name.removeprefix("RTX ").split()[0].lower() in words]
 
 
-def find_device(config: RunConfig) -> Device:
+def find_device(config: RunConfig, gpu: tuple[Device | None, str] | None = None) -> Device:
     """The device that will train, and its memory.
+
+    Args:
+        config: says which is wanted.
+        gpu: what `find_gpu` found; None: it is asked, if that may be the device.
 
     Raises:
         Ms4Error: `run.device` is `cuda` and there is no such device, or its size is unknown.
     """
     wanted = config.run.device
     if wanted != "cpu":
-        found, why = _nvidia()
+        found, why = find_gpu() if gpu is None else gpu
         if found is not None:
             return found
         if wanted == "cuda" and config.run.memory_gib is not None:
@@ -95,7 +99,7 @@ def find_device(config: RunConfig) -> Device:
     return Device("cpu", "CPU", limit, min(limit, memory.available), reason)
 
 
-def _nvidia() -> tuple[Device | None, str]:
+def find_gpu() -> tuple[Device | None, str]:
     """The first GPU that CUDA would show, or why there is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and (not visible.strip() or visible.startswith("-1")):

@@ -145,7 +145,7 @@ def slurm_jobs(root: Path, required: bool) -> list[SlurmJob]:
     return jobs
 
 
-def uses_slurm(root: Path, profile: str) -> bool:
+def _uses_slurm(root: Path, profile: str) -> bool:
     """Whether the profile submits to Slurm."""
     file = root / profile / "config.yaml"
     if not file.is_file():
@@ -190,7 +190,7 @@ def _status_line() -> Iterator[_Say]:
 
 def _wait(root: Path, profile: str) -> None:
     """Wait until no stage and no job of `root` is at work."""
-    slurm = uses_slurm(root, profile)
+    slurm = _uses_slurm(root, profile)
     found, pause_s = _at_work(root, slurm)
     if not found:
         return

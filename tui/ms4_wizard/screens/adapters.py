@@ -11,16 +11,9 @@ from textual.widgets import Static
 from ms4 import memory
 from ms4.config import PRESETS
 from ms4_wizard.costs import Cost
+from ms4_wizard.explain import count
 from ms4_wizard.screens.step import StepScreen
 from ms4_wizard.widgets.choices import Choices
-
-
-def count(parameters: int) -> str:
-    """A number of parameters in the unit that a person would use."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if parameters >= unit:
-            return f"{parameters / unit:.3g} {letter}"
-    return str(parameters)
 
 
 class AdaptersScreen(StepScreen):

@@ -15,7 +15,7 @@ from textual.widgets import Button, Footer, Static
 
 from ms4.errors import printable
 from ms4_wizard import writing
-from ms4_wizard.questions import Answers
+from ms4_wizard.answers import Answers
 from ms4_wizard.steps import STEPS
 from ms4_wizard.widgets.title import Title
 

@@ -15,9 +15,9 @@ from textual.widgets.option_list import Option
 from ms4.config import expand_home
 from ms4.errors import Ms4Error, printable
 from ms4_wizard import writing
-from ms4_wizard.flow import Go
+from ms4_wizard.answers import Answers
+from ms4_wizard.go import Go
 from ms4_wizard.project import Change, read_note
-from ms4_wizard.questions import Answers
 from ms4_wizard.screens.diff import DiffScreen
 from ms4_wizard.screens.done import DoneScreen
 from ms4_wizard.screens.edit import EditScreen

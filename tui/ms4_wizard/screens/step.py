@@ -15,7 +15,8 @@ from textual.widget import Widget
 from textual.widgets import Button, Footer, Input
 
 from ms4_wizard.costs import Cost, Remedy
-from ms4_wizard.flow import Flow, Go
+from ms4_wizard.flow import Flow
+from ms4_wizard.go import Go
 from ms4_wizard.pages import page
 from ms4_wizard.screens.help import HelpScreen
 from ms4_wizard.steps import STEPS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from rich.text import Text
 from textual import on
@@ -15,15 +15,17 @@ from textual.screen import Screen
 from textual.widgets import Footer, Input, OptionList, Static
 from textual.widgets.option_list import Option
 
-from ms4.config import expand_home
 from ms4.errors import Ms4Error, printable
-from ms4_wizard import demo, project
-from ms4_wizard.answers_file import read_answers
-from ms4_wizard.draft import Draft
+from ms4.home import expand_home
+from ms4_wizard import demo
 from ms4_wizard.drafts import Kept
-from ms4_wizard.flow import Flow, Go
+from ms4_wizard.go import Go
 from ms4_wizard.steps import STEPS
 from ms4_wizard.widgets.path_input import PathInput
+
+if TYPE_CHECKING:  # this screen is the first frame: it does not wait for the configuration
+    from ms4_wizard.app import WizardApp
+    from ms4_wizard.draft import Draft
 
 INTRODUCTION = (
     "Fine-tune Mistral Small 4 (119 B). Some ten minutes of questions, each with its price in "
@@ -42,15 +44,17 @@ class WelcomeScreen(Screen[None]):
         Binding("ctrl+q", "app.quit", "Quit"),
     ]
 
-    def __init__(self, flow: Flow, kept: Kept | None = None) -> None:
+    app: WizardApp
+
+    def __init__(self, kept: Kept | None = None, opened: str | None = None) -> None:
         """
         Args:
-            flow: of this session.
             kept: a draft that was found.
+            opened: the directory of the project that is open; None: none is.
         """
         super().__init__()
-        self.flow = flow
         self._kept = kept
+        self._opened = opened
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(id="welcome", can_focus=False):
@@ -75,8 +79,8 @@ class WelcomeScreen(Screen[None]):
                 f"of {self._kept.when:%Y-%m-%d %H:%M}, {self._kept.count} answers, "
                 f"for {printable(self._kept.directory)}",
             )
-        if self.flow.opened is not None:
-            name = printable(self.flow.directory)
+        if self._opened is not None:
+            name = printable(self._opened)
             yield _option("as-is", "Open the project as it is", f"{name}, without the draft")
         else:
             yield _option("new", "New project", f"{len(STEPS)} short screens, then a review")
@@ -116,9 +120,9 @@ class WelcomeScreen(Screen[None]):
             self.query_one("#path").focus()
             return
         if wanted == "draft" and self._kept is not None:
-            self.flow.draft = self._kept.draft
-            self.flow.directory = self._kept.directory
-            self.post_message(Go(len(STEPS) if self.flow.opened else 0))
+            flow = self.app.flow
+            flow.draft, flow.directory = self._kept.draft, self._kept.directory
+            self.post_message(Go(len(STEPS) if flow.opened else 0))
         elif wanted == "as-is":
             self.post_message(Go(len(STEPS)))
         elif wanted == "new":
@@ -127,6 +131,8 @@ class WelcomeScreen(Screen[None]):
             self._demo()
 
     def _demo(self) -> None:
+        from ms4_wizard.draft import Draft
+
         try:
             demo.write_data()
         except Ms4Error as error:
@@ -135,7 +141,7 @@ class WelcomeScreen(Screen[None]):
         self._begin(Draft(demo.answers()), demo.PROJECT)
 
     def _begin(self, draft: Draft, directory: Path, opened: bool = False) -> None:
-        self.flow.begin(draft, directory, opened)
+        self.app.flow.begin(draft, directory, opened)
         self.post_message(Go(len(STEPS)))
 
     @on(Input.Submitted, "#path")
@@ -144,12 +150,16 @@ class WelcomeScreen(Screen[None]):
         chosen = options.highlighted_option
         if not event.value.strip() or chosen is None:
             return
+        from ms4_wizard import project
+        from ms4_wizard.answers_file import read_answers
+        from ms4_wizard.draft import Draft
+
         path = expand_home(event.value)
         try:
             if chosen.id == "open":
                 self._begin(Draft.of(project.read_project(path)), path, opened=True)
             else:
-                self._begin(Draft.of(read_answers(str(path), ())), Path(self.flow.directory))
+                self._begin(Draft.of(read_answers(str(path), ())), Path(self.app.flow.directory))
         except Ms4Error as error:
             self._show_fault(str(error))
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich.text import Text
+from textual.content import Content
 from textual.suggester import SuggestFromList
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from ms4.errors import printable
 from ms4_wizard import machine
+from ms4_wizard.answers import ONE_GPU
 from ms4_wizard.costs import Cost
 from ms4_wizard.machine import Known, Partition
 from ms4_wizard.screens.step import StepScreen
+from ms4_wizard.targets import USUAL_HOURS
+from ms4_wizard.widgets.plan import WARNING
 
 
 def described(partition: Partition) -> str:
@@ -28,7 +31,8 @@ class WhereScreen(StepScreen):
     """The machine, or a Slurm cluster, whose names complete as they are typed (→ takes one)."""
 
     def compose_extra(self) -> Iterable[Widget]:
-        """What the cluster has."""
+        """What cannot be chosen, and why; what the cluster has."""
+        yield Static("", id="fixed", markup=False)
         yield Static("", id="cluster", markup=False)
 
     def on_mount(self) -> None:
@@ -44,18 +48,22 @@ class WhereScreen(StepScreen):
 
     def show_extra(self, found: Cost | str) -> None:
         """The cluster's partitions, and what of the answers would not run there."""
-        told = Text()
+        slurm_chosen = self.flow.draft.get("where.run") == "slurm"
+        fixed = self.query_one("#fixed", Static)
+        fixed.display = slurm_chosen
+        fixed.update(Content.assemble(("GPUs 1, nodes 1", "bold"), f": {ONE_GPU}."))
+        told: list[str | tuple[str, str]] = []
         slurm = Known.machine.slurm if Known.machine is not None else None
-        if self.flow.draft.get("where.run") == "slurm" and slurm is not None:
+        if slurm_chosen and slurm is not None:
             for fault in self._faults(slurm):
-                told.append(f"{printable(fault)}\n", "yellow")
+                told.append((f"{printable(fault)}\n", WARNING))
             if slurm.partitions:
-                told.append("Partitions here:\n", "bold")
+                told.append(("Partitions here:\n", "bold"))
             for partition in slurm.partitions:
                 told.append(f"  {printable(described(partition))}\n")
-        elif self.flow.draft.get("where.run") == "slurm" and Known.machine is not None:
-            told.append("No Slurm answers on this machine: names are not checked.", "dim")
-        self.query_one("#cluster", Static).update(told)
+        elif slurm_chosen and Known.machine is not None:
+            told.append(("No Slurm answers on this machine: names are not checked.", "dim"))
+        self.query_one("#cluster", Static).update(Content.assemble(*told))
 
     def _faults(self, slurm: machine.Slurm) -> Iterable[str]:
         get = self.flow.draft.get
@@ -66,7 +74,7 @@ class WhereScreen(StepScreen):
         for partition in chosen:
             if get("run.device") != "cpu" and not partition.gpus:
                 yield f"{partition.name} has no GPU."
-            limit, wanted = machine.hours(partition.limit), str(get("where.hours") or 24)
+            limit, wanted = machine.hours(partition.limit), str(get("where.hours") or USUAL_HOURS)
             if limit is not None and wanted.isdigit() and int(wanted) > limit:
                 yield f"{partition.name} allows {limit} hours: {wanted} would not start."
             account = get("where.account")

@@ -9,6 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
+from textual.content import Content
 from textual.widgets import Static
 
 from ms4.device import GIB
@@ -28,6 +29,8 @@ LOOKS = (
     ("▓", "#a0588f"),
 )
 OTHER = ("░", "#808080")
+WARNING = "$text-warning"
+"""Of the theme: plain yellow cannot be read on a light one."""
 OVER = ("╳", "bold red")
 FREE = ("·", "dim")
 COMPACT_ROWS = 6
@@ -193,7 +196,7 @@ class PlanPanel(Static):
             fix: what makes it fit, or a sentence about that.
         """
         if isinstance(found, str):
-            self.update(Text(found, "yellow"))
+            self.update(Content.styled(found, WARNING))
             return
         wordy = self.app.size.height >= LOW
         rows = HIGH_ROWS if wordy else COMPACT_ROWS - (fix is not None)

@@ -1,0 +1,48 @@
+"""Both themes can be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from textual.color import Color
+from textual.pilot import Pilot
+from textual.widgets import Static
+
+from tests.tui.driving import VALUES, app_of, drive, go_to
+
+LEAST_CONTRAST = 4.5
+"""Of text and what is behind it, as WCAG 2.1 (1.4.3) asks."""
+
+
+def luminance(colour: Color) -> float:
+    """Relative luminance (WCAG 2.1)."""
+    parts = [part / 255 for part in (colour.r, colour.g, colour.b)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: Color, other: Color) -> float:
+    """Their ratio (WCAG 2.1)."""
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("theme", ["textual-dark", "textual-light"])
+def test_texts_stand_out(place: Path, theme: str) -> None:
+    async def how(pilot: Pilot[list[str]]) -> None:
+        pilot.app.theme = theme
+        await go_to(pilot, "adapters")
+        await pilot.press("tab", "ctrl+u", *"many")
+        await pilot.pause()
+        for part in ("Title .what", "Title .how-far", ".ask", ".fault"):
+            widget = pilot.app.screen.query(part).last(Static)
+            _, _, behind, colour = widget.colors
+            ratio = contrast(behind, behind + colour)
+            assert ratio >= LEAST_CONTRAST, f"{part}: {ratio:.1f}"
+        # The sentence in the plan's place has the theme's colour for warnings, not plain yellow.
+        panel = pilot.app.screen.query_one("#plan", Static)
+        styles = {str(span.style) for span in panel.visual.spans}  # type: ignore[attr-defined]
+        assert styles == {"$text-warning"}
+
+    drive(app_of(VALUES), how)
