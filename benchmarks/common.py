@@ -99,6 +99,8 @@ def on_a_terminal(
         cwd=place,
         env=own | environment,
         start_new_session=True,
+        # Its own, as a shell's: whoever closes the other end, a killed benchmark too, hangs it up.
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
     os.close(follower)
     return process, leader
