@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +16,23 @@ import pytest
 import yaml
 
 from ms4 import config
-from tests.commands import CHECKOUT
+from tests.commands import CHECKOUT, run
+from tests.examples import examples as examples  # registers its profile before a test is read
 from tests.projects import write_project
 from tests.toy import make_toy
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _slurm_that_answers_or_none() -> Iterator[None]:
+    """Where Slurm's programs find no controller, they find no cluster either.
+
+    The Slurm plugin asks `scontrol` whenever Snakemake starts, and that waits nine seconds for a
+    controller that is gone; without a configuration it fails at once.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if shutil.which("scontrol") and " UP" not in run("scontrol", "ping", cwd=CHECKOUT).stdout:
+            patch.setenv("SLURM_CONF", os.devnull)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -94,6 +94,7 @@ def test_from_nothing_to_a_project(place: Path) -> None:
     assert read.model_dump() == wanted.model_dump()
 
 
+@pytest.mark.slow
 def test_same_bytes_as_headless(place: Path) -> None:
     draft = None
 
@@ -113,6 +114,7 @@ def test_same_bytes_as_headless(place: Path) -> None:
 # Each screen.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.key)
 def test_screen_asks_its_questions_and_goes_back(place: Path, step: Any) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
@@ -131,6 +133,7 @@ def test_screen_asks_its_questions_and_goes_back(place: Path, step: Any) -> None
     drive(app_of(VALUES), how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.key)
 @pytest.mark.parametrize("size", [(80, 24), (140, 45)], ids=str)
 def test_no_text_is_cut(place: Path, step: Any, size: tuple[int, int]) -> None:
@@ -163,6 +166,7 @@ def test_no_text_is_cut(place: Path, step: Any, size: tuple[int, int]) -> None:
     drive(app_of({**VALUES, "where": {"run": "slurm"}}), how, size)
 
 
+@pytest.mark.slow
 def test_going_back_loses_nothing(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
         await go_to(pilot, "adapters")
@@ -188,6 +192,7 @@ def test_going_back_loses_nothing(place: Path) -> None:
     drive(app_of(VALUES), how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "field", "text", "message"),
     [

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 
-from ms4.data.tekken import write_tekken
-
 COMMIT = "a" * 40
 BLOB = "b" * 40
 FILES = {
@@ -94,13 +92,6 @@ def hub() -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def tekken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tekken.json"
-    write_tekken(path, 4096)
-    return path
-
-
 def data(entry: str, endpoint: str, tekken: Path, home: Path) -> tuple[int, dict[str, Any]]:
     """Exit code and findings of `ms4 data`; the hub's address is read once, so in a new process."""
     done = subprocess.run(
@@ -114,7 +105,14 @@ def data(entry: str, endpoint: str, tekken: Path, home: Path) -> tuple[int, dict
     return done.returncode, json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(("split", "samples"), [("", 5), ("#train", 5), ("#test", 2)])
+@pytest.mark.parametrize(
+    ("split", "samples"),
+    [
+        pytest.param("", 5, marks=pytest.mark.slow),
+        pytest.param("#train", 5, marks=pytest.mark.slow),
+        ("#test", 2),
+    ],
+)
 def test_a_data_set_by_id_revision_and_split(
     split: str, samples: int, hub: str, tekken: Path, tmp_path: Path
 ) -> None:
@@ -127,6 +125,7 @@ def test_a_data_set_by_id_revision_and_split(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["hub:owner/name@v2", "hub:owner/name@v1#none", "hub:a/b@v1"])
 def test_what_is_not_there_is_one_fault(entry: str, hub: str, tekken: Path, tmp_path: Path) -> None:
     code, found = data(entry, hub, tekken, tmp_path)
