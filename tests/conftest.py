@@ -21,6 +21,15 @@ from tests.examples import examples as examples  # registers its profile before 
 from tests.projects import write_project
 from tests.toy import make_toy
 
+LONG = ("test_demo", "test_end_to_end", "test_resume", "test_slurm", "test_descale_kills")
+"""Files that take a minute and more: each stays with one worker, so they begin first."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _slurm_that_answers_or_none() -> Iterator[None]:
