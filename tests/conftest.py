@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ms4 import tiny  # torch: only where a test wants it
 
     directory = tmp_path_factory.mktemp("checkpoint")
-    tiny.build(directory, seed=1, threads=2, steps=2)
+    tiny.build(directory, seed=1, threads=1, steps=2)
     return directory
 
 

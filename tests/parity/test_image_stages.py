@@ -32,7 +32,7 @@ def settings(checkpoint, **data):
             },
             "adapters": {"targets": ["attention"], "rank": 4},
             "train": {"steps": 3, "accumulation": 2, "learning_rate": 3e-3},
-            "run": {"device": "cpu", "threads": 2},
+            "run": {"device": "cpu", "threads": 1},
         },
         "test",
     )

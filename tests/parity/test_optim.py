@@ -36,7 +36,7 @@ class Training:
     """The core of the loop: the tiny model with dropout, a batch that follows from the step."""
 
     def __init__(self, bases, device, kind, dtype):
-        prepare_torch(RunSection(threads=2), 0)
+        prepare_torch(RunSection(threads=1), 0)
         compute = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.device = device
         self.model = load_model(bases["nf4"] / "weights/base", "nf4", device, compute)

@@ -192,7 +192,7 @@ def test_codes_and_scales_that_are_no_numbers_are_all_named(bases, checkpoint, t
 
 @pytest.mark.slow
 def test_another_source_is_no_source(bases, tmp_path, capsys):
-    tiny.build(tmp_path / "other", seed=2, threads=2, steps=1)
+    tiny.build(tmp_path / "other", seed=2, threads=1, steps=1)
     code, found, _ = as_json(capsys, bases["nf4"] / BASE, "--source", tmp_path / "other")
     assert code == 2
     assert any("of the scales that it keeps are not the source's" in f for f in found["faults"])
@@ -378,7 +378,7 @@ def test_the_setting_is_named(tmp_path):
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     directory = tmp_path_factory.mktemp("taught")
-    tiny.build(directory, seed=1, threads=2, steps=60)
+    tiny.build(directory, seed=1, threads=1, steps=60)
     return directory
 
 
