@@ -68,7 +68,6 @@ def test_a_surprising_match_is_refused(bases):
         lora.add_adapters(torch.nn.Linear(2, 2), AdaptersSection(targets=("shared",)), spec.TINY)
 
 
-@pytest.mark.slow
 def test_dropout_is_of_dense_inputs_and_of_training_alone(device, bases):
     model, _, _ = adapted(bases, "nf4", targets=("all",), device=device, dropout=0.5)
     plain, _, _ = adapted(bases, "nf4", targets=("all",), device=device)
@@ -183,7 +182,6 @@ def test_an_adapter_of_other_targets_is_refused(bases, tmp_path):
         lora.load(other, tmp_path)
 
 
-@pytest.mark.slow
 def test_every_adapter_learns(device, bases):
     """B in the first step, A as well from the second on."""
     model, _, _ = adapted(bases, "nf4", device=device)

@@ -41,7 +41,6 @@ def gradients(model, device):
     return [loss.detach(), *(p.grad for p in lora.trainable(model).values())]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_every_policy_gives_the_same_loss_and_gradients(bases, device, dropout):
     results = []
@@ -95,7 +94,6 @@ def saved(model, rows=2, T=120):
     return amount, rows * T
 
 
-@pytest.mark.slow
 def test_bytes_are_held_in_the_order_of_the_policies(bases):
     amounts = {}
     for policy in ("full", "selective", "none"):
@@ -113,7 +111,6 @@ def test_bytes_are_held_in_the_order_of_the_policies(bases):
     assert amounts["none"] - amounts["full"] > 3 * extra
 
 
-@pytest.mark.slow
 def test_offload_moves_the_layers_inputs_and_nothing_else(bases, monkeypatch):
     made = []
     attach = checkpointing.Offload.attach

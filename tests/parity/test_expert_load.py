@@ -15,7 +15,6 @@ from .test_checkpointing import POLICIES, build, gradients
 from .test_model import documents
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "offload"), POLICIES)
 def test_shares_are_those_of_the_routers_choices(bases, monkeypatch, policy, offload):
     model = build(bases, torch.device("cpu"), policy, offload)
@@ -35,7 +34,6 @@ def test_shares_are_those_of_the_routers_choices(bases, monkeypatch, policy, off
     assert experts.take_load(model) == []
 
 
-@pytest.mark.slow
 def test_counting_changes_no_number(bases, monkeypatch):
     counted = gradients(build(bases, torch.device("cpu"), "full", False), torch.device("cpu"))
     monkeypatch.setattr(stores.Workspace, "count", lambda self, ends: None)

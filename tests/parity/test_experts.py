@@ -153,7 +153,6 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(function, (*inputs, *factors), fast_mode=kind != "bf16")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", [1, 3, 7, 64])
 def test_slices_make_no_difference(kind, size):

@@ -134,9 +134,7 @@ def group():
     return documents(LENGTHS)
 
 
-@pytest.mark.parametrize(
-    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("nf4", "fp8")), "bf16"]
-)
+@pytest.mark.parametrize("kind", ["nf4", "fp8", "bf16"])
 def test_fp32(device, bases, tmp_path, group, kind):
     """Packed in two rows of unequal length against each document alone."""
     base = bases[kind] / "weights/base"
@@ -152,7 +150,6 @@ def test_fp32(device, bases, tmp_path, group, kind):
     assert worst[0] < 1e-5, worst
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "bf16"])
 def test_bf16_is_as_near_to_fp32_as_eager_bf16_is(device, bases, tmp_path, kind):
     """The fp32 reference has the same weights and adapters, rounded to BF16 as they are held."""
@@ -173,7 +170,6 @@ def test_bf16_is_as_near_to_fp32_as_eager_bf16_is(device, bases, tmp_path, kind)
         assert error <= 1.5 * allowed, target
 
 
-@pytest.mark.slow
 def test_fp8_computes_as_its_bf16_products_do(bases, tmp_path, group):
     """Bit for bit, experts dequantized on the way and dense layers while they are loaded."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -184,7 +180,6 @@ def test_fp8_computes_as_its_bf16_products_do(bases, tmp_path, group):
         assert by_hand.same_bits(found.logits(group), wanted.logits(group))
 
 
-@pytest.mark.slow
 def test_accumulation_is_one_large_batch(device, bases, tmp_path, group):
     """Four micro-batches of one document each and a micro-batch of four: the same step."""
     ours = Ours(bases["nf4"] / "weights/base", "nf4", device, torch.float32, tmp_path)

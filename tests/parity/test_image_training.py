@@ -105,7 +105,6 @@ def packed_logits(model, batch):
     return model.lm_head(hidden)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_packed_documents_are_what_transformers_makes_of_each(checkpoint, made, ours):
     encoded, data, store = made
@@ -136,7 +135,6 @@ def test_packed_documents_are_what_transformers_makes_of_each(checkpoint, made, 
     assert batch.trained == sum(int(one.trained.sum()) for one in encoded)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_another_image_is_seen(checkpoint, made):
     """The test above could not fail if the images did nothing."""
@@ -148,7 +146,6 @@ def test_another_image_is_seen(checkpoint, made):
     assert relative(found, alone(model, one)) > 1e-4
 
 
-@pytest.mark.slow
 def test_adapters_learn_and_the_vision_tower_does_not(made, ours):
     _, data, store = made
     lora.add_adapters(ours, AdaptersSection(targets=("all",), rank=4), spec.TINY)

@@ -64,7 +64,6 @@ def conversations(checkpoint):
     return texts.taught(checkpoint / "tekken.json")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bf16", "nf4"])
 def test_the_loss_of_a_base_is_that_of_the_loaded_model(bases, kind, prose):
     base = bases[kind] / "weights/base"
@@ -79,7 +78,6 @@ def test_the_loss_of_a_base_is_that_of_the_loaded_model(bases, kind, prose):
     assert float((found[0] - found[1]).abs().max()) > 1e-3
 
 
-@pytest.mark.slow
 def test_documents_have_the_loss_that_they_have_alone(bases, conversations):
     base = bases["nf4"] / "weights/base"
     some = conversations.documents < 8
@@ -95,7 +93,6 @@ def test_documents_have_the_loss_that_they_have_alone(bases, conversations):
     assert float((found[0] - wanted).abs().max()) < 1e-3
 
 
-@pytest.mark.slow
 def test_the_loss_of_fp8_is_that_of_transformers(checkpoint, tmp_path, prose):
     """Source × scale and a base in FP8, against transformers' own model with weights decoded by
     bits, its softmax scale made by itself."""
@@ -108,7 +105,6 @@ def test_the_loss_of_fp8_is_that_of_transformers(checkpoint, tmp_path, prose):
             assert float(row.mean()) == pytest.approx(float(loss.mean()), abs=1e-4)
 
 
-@pytest.mark.slow
 def test_the_loss_of_a_native_source(checkpoint, tmp_path, prose):
     config = json.loads((checkpoint / "config.json").read_text())
     native = by_hand.native_checkpoint(tmp_path / "n", by_hand.bf16_weights(checkpoint), config)
@@ -117,7 +113,6 @@ def test_the_loss_of_a_native_source(checkpoint, tmp_path, prose):
     assert float(found.mean()) == pytest.approx(float(whole(model, prose).mean()), abs=1e-4)
 
 
-@pytest.mark.slow
 def test_each_expert_that_is_used_is_read_once_for_both_scales(bases, prose):
     directory = bases["nf4"] / "weights/base"
     read = Counter()
