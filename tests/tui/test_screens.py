@@ -223,6 +223,7 @@ def test_lines_that_are_wrong(place: Path, step: str, field: str, text: str, mes
     drive(app_of(VALUES), how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "field", "text", "message"),
     [
@@ -290,6 +291,7 @@ def test_text_that_cannot_be_typed_is_shown_and_kept(place: Path) -> None:
     assert project.read_project(place / "project").data.train == tuple(names)
 
 
+@pytest.mark.slow
 def test_thresholds_of_sets_that_are_gone_go_with_them(place: Path) -> None:
     """Otherwise the review would refuse what no screen can mend."""
     values = {**VALUES, "evaluate": {"min_exact_match": {"held": 0.5}}}
@@ -349,6 +351,7 @@ def test_mouse(place: Path) -> None:
 # Help, the palette, themes, sizes.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["question_mark", "f1"])
 def test_help_of_the_question_that_has_the_focus(place: Path, key: str) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
@@ -456,6 +459,7 @@ def test_resize(place: Path) -> None:
 # Snapshots: `pytest tests/tui/test_screens.py --snapshot-update` after a change that is meant.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(80, 24), (140, 45)], ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("key", ["welcome", *NUMBERS, "review", "help", "files", "edit", "done"])
 def test_snapshot(place: Path, snap_compare: Any, key: str, size: tuple[int, int]) -> None:

@@ -107,11 +107,7 @@ def data(entry: str, endpoint: str, tekken: Path, home: Path) -> tuple[int, dict
 
 @pytest.mark.parametrize(
     ("split", "samples"),
-    [
-        pytest.param("", 5, marks=pytest.mark.slow),
-        pytest.param("#train", 5, marks=pytest.mark.slow),
-        ("#test", 2),
-    ],
+    [("", 5), ("#train", 5), ("#test", 2)],
 )
 def test_a_data_set_by_id_revision_and_split(
     split: str, samples: int, hub: str, tekken: Path, tmp_path: Path
