@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +16,32 @@ import pytest
 import yaml
 
 from ms4 import config
-from tests.commands import CHECKOUT
+from tests.commands import CHECKOUT, run
+from tests.examples import examples as examples  # registers its profile before a test is read
 from tests.projects import write_project
 from tests.toy import make_toy
+
+LONG = ("test_demo", "test_end_to_end", "test_resume", "test_slurm", "test_descale_kills")
+"""Files that take a minute and more: each stays with one worker, so they begin first."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _slurm_that_answers_or_none() -> Iterator[None]:
+    """Where Slurm's programs find no controller, they find no cluster either.
+
+    The Slurm plugin asks `scontrol` whenever Snakemake starts, and that waits nine seconds for a
+    controller that is gone; without a configuration it fails at once.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if shutil.which("scontrol") and " UP" not in run("scontrol", "ping", cwd=CHECKOUT).stdout:
+            patch.setenv("SLURM_CONF", os.devnull)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +50,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ms4 import tiny  # torch: only where a test wants it
 
     directory = tmp_path_factory.mktemp("checkpoint")
-    tiny.build(directory, seed=1, threads=2, steps=2)
+    tiny.build(directory, seed=1, threads=1, steps=2)
     return directory
 
 

@@ -114,6 +114,7 @@ def test_untuned_adapters_change_nothing(device, bases):
     assert relative(tuned, fresh) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error:.*rank_pattern")
 @pytest.mark.parametrize(
     ("targets", "changes"),

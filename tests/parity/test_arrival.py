@@ -94,6 +94,7 @@ def fetch(capfd: pytest.CaptureFixture[str]) -> Fetch:
 # The same base, whichever way.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free", [False, True])
 @pytest.mark.parametrize("to", STORAGES)
 @pytest.mark.parametrize("layout", ["hf", "native"])
@@ -239,6 +240,7 @@ def held_still(process: psutil.Process) -> Iterator[None]:
     process.resume()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "to"), [("hf", "bf16"), ("hf", "nf4"), ("hf", "fp8"), ("native", "nf4")]
 )
@@ -434,6 +436,7 @@ def killed(
     return Killed(hub, checkpoints["hf"], tmp_path / "home", reference, request.param)
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_everything(killed: Killed, tmp_path: Path) -> None:
     killed.hub.faults.append(Fault(f"*/{shards(killed.source)[1]}", hold_after=1000))
     running = killed.start(tmp_path / "at", HF_HUB_DOWNLOAD_TIMEOUT="1")
@@ -452,10 +455,12 @@ def test_an_interrupt_stops_everything(killed: Killed, tmp_path: Path) -> None:
     killed.ends_right(tmp_path / "at")
 
 
+@pytest.mark.slow
 def test_killed_at_some_points(killed: Killed, tmp_path: Path) -> None:
     survive_points(killed, tmp_path, some=3)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(killed: Killed, tmp_path: Path) -> None:
     survive_moments(killed, tmp_path, seed=1, times=2)
 

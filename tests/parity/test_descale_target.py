@@ -342,6 +342,7 @@ def test_two_processes_with_the_same_target(
     assert content(where / "base") == reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_signals(

@@ -35,6 +35,7 @@ def build(base, kind, device, dense, policy="none"):
     return model.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["none", "selective", "full"])
 @pytest.mark.parametrize("kind", ["nf4", "bf16", "fp8"])
 def test_loss_and_gradients_are_those_of_the_weights(bases, device, kind, policy):

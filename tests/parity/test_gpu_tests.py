@@ -66,6 +66,6 @@ def test_every_file_of_the_core_has_some():
 def test_they_need_neither_tokenizer_nor_workflow():
     """The CPU's half of the same tests, without what a machine for computing may lack."""
     chosen = ["-k", "cpu and not reference and not peft and not dead", "-q", *CORE[:1], *CORE[4:]]
-    done = run("-c", LEAN, "-m", "not slow", "-x", *chosen)
+    done = run("-c", LEAN, "-m", "not soak", "-x", *chosen)
     assert done.returncode == 0, done.stdout[-4000:]
     assert re.search(r"^\d\d+ passed", done.stdout, re.M), done.stdout[-4000:]

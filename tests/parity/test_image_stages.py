@@ -32,7 +32,7 @@ def settings(checkpoint, **data):
             },
             "adapters": {"targets": ["attention"], "rank": 4},
             "train": {"steps": 3, "accumulation": 2, "learning_rate": 3e-3},
-            "run": {"device": "cpu", "threads": 2},
+            "run": {"device": "cpu", "threads": 1},
         },
         "test",
     )
@@ -92,6 +92,7 @@ def test_images_are_stored_once_and_trained_with(checkpoint, with_images):
     assert json.loads(others[0])["loss"] != losses[0]
 
 
+@pytest.mark.slow
 def test_the_same_bytes_for_any_number_of_processes(checkpoint, with_images):
     found = []
     for threads in (1, 3):

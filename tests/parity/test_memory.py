@@ -77,6 +77,7 @@ def test_plan_and_account_agree_on(name):
     agree(settings(4096, "all", "full", **OTHERS[name]))
 
 
+@pytest.mark.slow
 def test_dropout_without_checkpointing():
     agree(settings(2048, "dense", "none", adapters={"dropout": 0.1}))
 
@@ -84,6 +85,7 @@ def test_dropout_without_checkpointing():
 LEAN = {"adapters": {"dtype": "bf16"}, "optimizer": "adamw_8bit"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("targets", "length", "most"),
     [("dense", 2048, 63), ("dense", 8192, 66), ("all", 2048, 77), ("all", 8192, 79)],
@@ -140,6 +142,7 @@ def test_images_in_the_plan():
     ), "an image has to fit in a sequence"
 
 
+@pytest.mark.slow
 def test_layers_held_in_full():
     agree(settings(2048, "dense", "full", model={"dense": "full"}))
 

@@ -111,6 +111,7 @@ def read_by_bitsandbytes(held, tensor, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_bitsandbytes_reads_exactly_what_our_reference_gives(made, kind, dtype):
@@ -140,6 +141,7 @@ def quantized_by_bitsandbytes(weight):
     return bnb.dequantize_4bit(codes, state).view(weight.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_error_is_bitsandbytes_own(made, kind):
     """Against the BF16 weights, of each expert and of all together."""
@@ -157,6 +159,7 @@ def test_the_error_is_bitsandbytes_own(made, kind):
             assert 0.01 < rms(ours, wanted) / float(wanted.double().square().mean().sqrt()) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "one outlier"])
 def test_the_error_is_that_of_all_experts_quantized_at_once(made, kind):
     """bitsandbytes would take one mean magnitude for the whole stack where we take one an expert.
@@ -171,6 +174,7 @@ def test_the_error_is_that_of_all_experts_quantized_at_once(made, kind):
         assert rms(ours, wanted) <= MOST * rms(quantized_by_bitsandbytes(wanted), wanted)
 
 
+@pytest.mark.slow
 def test_zero_blocks_stay_zero(made):
     """Their magnitude goes through 8 bits around the mean and need not come back as zero; their
     codes do."""

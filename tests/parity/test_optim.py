@@ -36,7 +36,7 @@ class Training:
     """The core of the loop: the tiny model with dropout, a batch that follows from the step."""
 
     def __init__(self, bases, device, kind, dtype):
-        prepare_torch(RunSection(threads=2), 0)
+        prepare_torch(RunSection(threads=1), 0)
         compute = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.device = device
         self.model = load_model(bases["nf4"] / "weights/base", "nf4", device, compute)
@@ -67,6 +67,7 @@ class Training:
         state.save(self.progress, self.parameters, self.optimizer, RUN)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("adamw", "fp32"), ("adamw", "bf16"), ("adamw_8bit", "fp32"), PAGED]
 )
@@ -109,6 +110,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_optimizer_is_not_taken_up_silently(bases, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cpu = torch.device("cpu")
@@ -155,6 +157,7 @@ def test_steps_against_the_formula(device, kind, dtype, error):
     assert relative(found - start.double(), wanted - start.double()) < error
 
 
+@pytest.mark.slow
 def test_bf16_moments_would_stop(device):
     """Why BF16 adapters do not get torch's AdamW: its second moment never decays."""
     parameter = torch.nn.Parameter(torch.ones(8192, dtype=torch.bfloat16, device=device))
@@ -198,6 +201,7 @@ def test_clipping(device):
     assert torch.equal(parameters[0].grad, before)
 
 
+@pytest.mark.slow
 def test_accumulation_of_four_batches_is_one_batch_of_four(bases, device):
     """A token weighs the same in whatever batch it is, however many targets the batch has."""
     training = Training(bases, device, "adamw", "fp32")

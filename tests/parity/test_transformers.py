@@ -67,6 +67,7 @@ def pretrained(directory, **options):
     )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -101,6 +102,7 @@ def eager(model):
     return model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -113,6 +115,7 @@ def test_our_loader_fills_transformers_model(checkpoints, converted, config, tok
     assert by_hand.same_bits(found, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["dequantize=True", "by itself on the CPU", "rewritten"])
 def test_transformers_own_dequantization_still_drops_the_experts_scales(
     checkpoint, converted, tmp_path, way

@@ -79,6 +79,7 @@ def test_the_tests_that_are_named_above_exist():
     assert re.findall(r"^(\d+)\. ", __doc__, re.M) == [str(n) for n in range(1, 19)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "most"), [("nf4", 0.53), ("fp8", 1.01), ("bf16", 2.0)])
 def test_2_experts_stay_packed_in_memory(device, bases, kind, most):
     """Trap 2: the fused experts left in BF16. Bytes a weight while the rest is in fp32, also after
@@ -97,6 +98,7 @@ def test_2_experts_stay_packed_in_memory(device, bases, kind, most):
         PackedLoss(model.train(), 64)(batch).backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_3_each_expert_adapter_moves_the_logits(device, bases, kind):
     """Trap 3: a gate_up adapter over packed experts without effect. One factor is stirred at a
@@ -222,6 +224,7 @@ def test_10_memory_that_nobody_wrote_is_never_read(kind, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_11_and_12_training_imports_nothing_that_a_cpu_lacks():
     """Traps 11 and 12: packages that need Triton, and image extras that need torchvision."""
     code = (

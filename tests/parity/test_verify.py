@@ -190,13 +190,15 @@ def test_codes_and_scales_that_are_no_numbers_are_all_named(bases, checkpoint, t
     assert any(f"{activation}: 8 of 8" in note for note in found["notes"])
 
 
+@pytest.mark.slow
 def test_another_source_is_no_source(bases, tmp_path, capsys):
-    tiny.build(tmp_path / "other", seed=2, threads=2, steps=1)
+    tiny.build(tmp_path / "other", seed=2, threads=1, steps=1)
     code, found, _ = as_json(capsys, bases["nf4"] / BASE, "--source", tmp_path / "other")
     assert code == 2
     assert any("of the scales that it keeps are not the source's" in f for f in found["faults"])
 
 
+@pytest.mark.slow
 def test_what_a_good_base_gives(bases, capsys):
     """The same from the stage's file and from the command; NF4 beside the exact weights."""
     found = json.loads((bases["nf4"] / "results/verify.json").read_text())
@@ -244,6 +246,7 @@ def test_the_table_on_the_screen(bases, capsys):
     assert "none: the model does not predict this text" in out
 
 
+@pytest.mark.slow
 def test_nothing_is_written_outside_a_project(checkpoint, tmp_path, capsys):
     target = tmp_path / "base"
     descale_directory(checkpoint, target, "fp8", "plain")
@@ -256,6 +259,7 @@ def test_nothing_is_written_outside_a_project(checkpoint, tmp_path, capsys):
     assert after == before
 
 
+@pytest.mark.slow
 def test_a_source_that_was_freed(project, checkpoint, tmp_path, capsys):
     """What is not here is said, and is no fault."""
     source = tmp_path / "source"
@@ -277,6 +281,7 @@ def test_a_source_that_was_freed(project, checkpoint, tmp_path, capsys):
     assert found["losses"]["plain"] > 0
 
 
+@pytest.mark.slow
 def test_what_was_compared_before_it_was_freed_is_told(project, checkpoint, capsys):
     """As the manifest of a source has it whose shards were freed on arrival."""
     freed = [{"path": "a.safetensors", "size": 1, "sha256": "0", "pieces": ["base/layer-00"]}]
@@ -373,7 +378,7 @@ def test_the_setting_is_named(tmp_path):
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
     directory = tmp_path_factory.mktemp("taught")
-    tiny.build(directory, seed=1, threads=2, steps=60)
+    tiny.build(directory, seed=1, threads=1, steps=60)
     return directory
 
 

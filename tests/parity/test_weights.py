@@ -124,9 +124,10 @@ def test_the_tiny_checkpoint_is_in_the_published_layout(checkpoint):
             assert (stored[name] > 0).all()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(checkpoint, tmp_path):
-    tiny.build(tmp_path / "again", seed=1, threads=2, steps=2)
-    tiny.build(tmp_path / "other", seed=2, threads=2, steps=2)
+    tiny.build(tmp_path / "again", seed=1, threads=1, steps=2)
+    tiny.build(tmp_path / "other", seed=2, threads=1, steps=2)
     files = sorted(path.name for path in checkpoint.iterdir())
     assert files == sorted(path.name for path in (tmp_path / "again").iterdir())
     for name in files:

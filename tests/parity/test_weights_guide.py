@@ -49,6 +49,7 @@ def ran(checkpoint, tmp_path_factory):
     return names, root
 
 
+@pytest.mark.slow
 def test_the_commands_and_the_code_run(ran, checkpoint):
     names, root = ran
     weights = by_hand.bf16_weights(checkpoint)

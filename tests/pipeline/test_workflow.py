@@ -59,7 +59,14 @@ def jobs(output: str) -> dict[str, dict[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("profile", [[], ["--profile", "local"], ["--profile", "slurm"]])
+@pytest.mark.parametrize(
+    "profile",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["--profile", "local"], marks=pytest.mark.slow),
+        ["--profile", "slurm"],
+    ],
+)
 def test_dry_run(project: Path, profile: list[str]) -> None:
     answer = snakemake(*profile, "-n", cwd=project)
     assert answer.returncode == 0, answer.stdout
@@ -74,12 +81,14 @@ def test_dry_run(project: Path, profile: list[str]) -> None:
     assert found["all"]["input"] == "results/deliver.json"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", [[], ["--profile", "local"], ["--profile", "slurm"]])
 def test_dry_run_in_the_checkout(profile: list[str]) -> None:
     answer = snakemake(*profile, "-n", cwd=CHECKOUT)
     assert answer.returncode == 0, answer.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("device", "gpus"), [("cpu", "0"), ("auto", "1"), ("cuda", "1")])
 def test_only_stages_that_may_use_a_gpu_ask_for_one(
     project: Path, edit: Edit, device: str, gpus: str
@@ -94,6 +103,7 @@ def test_only_stages_that_may_use_a_gpu_ask_for_one(
     assert asked == dict.fromkeys(["plan", "train", "evaluate"], gpus)
 
 
+@pytest.mark.slow
 def test_the_real_model_asks_for_more(project: Path, edit: Edit) -> None:
     def memory(stage: str) -> int:
         match = re.search(
@@ -123,6 +133,7 @@ def test_config_error_is_shown(project: Path) -> None:
     assert "Traceback" not in answer.stdout
 
 
+@pytest.mark.slow
 def test_missing_config_is_shown(project: Path) -> None:
     (project / "config/config.yaml").unlink()
     answer = snakemake("-n", cwd=project)
@@ -130,6 +141,7 @@ def test_missing_config_is_shown(project: Path) -> None:
     assert "config/config.yaml: no such configuration file." in answer.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [["--config", "seed=1"], ["--configfile", "config/config.yaml"]])
 def test_settings_on_the_command_line_are_refused(project: Path, option: list[str]) -> None:
     answer = snakemake("-n", *option, cwd=project)
@@ -145,6 +157,7 @@ def test_missing_data_file_is_named(project: Path) -> None:
     assert DATA[1] in answer.stdout
 
 
+@pytest.mark.slow
 def test_snakemake_without_ms4(project: Path) -> None:
     """Another environment's Snakemake says what is missing, not which line failed to import."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -156,6 +169,7 @@ def test_snakemake_without_ms4(project: Path) -> None:
     assert f"is not installed in the Python that runs Snakemake, {sys.executable}" in answer.stdout
 
 
+@pytest.mark.slow
 def test_snakemake_without_activation(project: Path, edit: Edit) -> None:
     """`.venv/bin/snakemake` finds the `ms4` beside it; its failure, and its log, reach the user."""
     edit(project, lambda values: values["model"].update(source="./nowhere"))

@@ -77,6 +77,7 @@ def test_all_choices_are_in_it() -> None:
     assert len(ALL) == 2 * 3 * 1 * 3 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted", SAMPLE, ids="-".join)
 def test_some_combinations(place: Path, wanted: tuple[str, ...]) -> None:
     check(place, wanted)

@@ -81,6 +81,7 @@ def test_data_is_looked_at_beside_the_screen(place: Path) -> None:
     drive(app_with_looker({**VALUES}), how)
 
 
+@pytest.mark.slow
 def test_effort_changes_what_the_data_is(place: Path) -> None:
     (place / "train.jsonl").write_text(record("a", "b") + record("c", "d", "thinking"))
 
@@ -134,6 +135,7 @@ def test_leaving_ends_the_look(place: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["escape", "enter"])
 def test_picker(place: Path, key: str) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
@@ -150,6 +152,7 @@ def test_picker(place: Path, key: str) -> None:
     drive(app_with_looker(VALUES), how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "message"),
     [

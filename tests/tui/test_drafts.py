@@ -19,6 +19,7 @@ from ms4_wizard.steps import QUESTIONS
 from tests.tui.driving import VALUES, answer, app_of, drive, go_to, review, screen_text, until
 
 
+@pytest.mark.slow
 def test_each_key_is_kept(place: Path) -> None:
     store = drafts.Store(Path("project"), place / "state")
 
@@ -91,6 +92,7 @@ def test_draft_of_a_project_can_be_left(place: Path, answers: Answers) -> None:
     drive(app_of(values, opened=True, state=place / "state", kept=store.load()), how)
 
 
+@pytest.mark.slow
 def test_written_answers_leave_no_draft(place: Path) -> None:
     store = drafts.Store(Path("project"), place / "state")
 

@@ -60,6 +60,7 @@ def test_each_value_has_its_comment(place: Path, answers: Answers) -> None:
     assert uncommented == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["answers", "qlora-text"])
 def test_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(CHECKOUT)
@@ -95,6 +96,7 @@ def test_same_answers_same_bytes(place: Path, answers: Answers) -> None:
     assert contents(place / "one") == contents(place / "three")
 
 
+@pytest.mark.slow
 def test_slurm_names_are_names(place: Path, answers: Answers) -> None:
     """`input` is a function of Snakemake's and 007 no number: they reach the plugin as they are."""
     write(answers, place / "project")
@@ -116,6 +118,7 @@ def test_readme_has_the_projects_commands(place: Path, answers: Answers) -> None
     assert "Here: " in (place / "project/config/config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_directories_where_links_cannot_be_made(
     place: Path, answers: Answers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +189,7 @@ def test_what_is_no_path_stays(place: Path, source: str) -> None:
 # What was there.
 
 
+@pytest.mark.slow
 def test_written_into_the_current_directory(place: Path, answers: Answers) -> None:
     data = answers.data.model_copy(update={"train": (str(place / "train.jsonl"),), "test": {}})
     (place / "empty").mkdir()
@@ -331,6 +335,7 @@ def test_dry_run_over_a_project_says_what_would_be_done(place: Path, answers: An
         writing.write_from_answers(other, root, dry_run=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_link_on_the_way(place: Path, answers: Answers, exists: bool) -> None:
     """Scratch directories are links on most clusters: paths lead where they say from both ends."""
@@ -456,6 +461,7 @@ def test_damaged_note(place: Path, answers: Answers, note: str) -> None:
 # The version that wrote it.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "message"),
     [

@@ -19,6 +19,7 @@ from ms4_wizard.draft import Draft
 from ms4_wizard.project import read_project
 from ms4_wizard.steps import STEPS
 from tests.commands import snakemake
+from tests.examples import examples
 
 WORDS = (
     *(
@@ -111,7 +112,7 @@ def check(place: Path, project: Path, names: list[str], source: str) -> None:
     assert plain == loaded.model_dump(mode="json")
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=examples(150), suppress_health_check=[HealthCheck.too_slow])
 @given(
     names=st.lists(NAMES, min_size=1, max_size=4, unique=True),
     source=HOSTILE.map(lambda text: "owner/" + text.replace("/", "").replace("\0", "")),

@@ -90,6 +90,7 @@ def test_the_plan_follows_each_key(place: Path) -> None:
     drive(app_of(VALUES), how)
 
 
+@pytest.mark.slow
 def test_the_cheapest_change_is_a_key(place: Path) -> None:
     values = {**VALUES, "run": {"device": "cuda", "memory_gib": 64}}
     values["adapters"] = {"targets": ["attention", "shared"], "rank": 256}
@@ -112,6 +113,7 @@ def test_the_cheapest_change_is_a_key(place: Path) -> None:
     drive(app_of(values), how)
 
 
+@pytest.mark.slow
 def test_nothing_makes_it_fit(place: Path) -> None:
     values = {**VALUES, "run": {"device": "cuda", "memory_gib": 20}}
 
@@ -124,6 +126,7 @@ def test_nothing_makes_it_fit(place: Path) -> None:
     drive(app_of(values), how)
 
 
+@pytest.mark.slow
 def test_each_storage_of_the_experts_has_its_plan(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
         await go_to(pilot, "memory")
@@ -136,6 +139,7 @@ def test_each_storage_of_the_experts_has_its_plan(place: Path) -> None:
     drive(app_of(VALUES), how)
 
 
+@pytest.mark.slow
 def test_parameters_of_adapters_are_counted(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
         await go_to(pilot, "adapters")
@@ -154,6 +158,7 @@ def test_parameters_of_adapters_are_counted(place: Path) -> None:
 # Computed numbers.
 
 
+@pytest.mark.slow
 def test_numbers_are_computed_until_somebody_gives_them(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
         flow = pilot.app.flow  # type: ignore[attr-defined]

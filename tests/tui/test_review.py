@@ -55,6 +55,7 @@ def test_answers_are_changed_in_place(place: Path) -> None:
     drive(app_of(VALUES), how)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_and_mended_by_a_key(place: Path) -> None:
     values = {**VALUES, "train": {"loss_chunk": 16384, "micro_batch": 8, "checkpointing": "none"}}
 
@@ -113,6 +114,7 @@ def test_a_directory_is_needed(place: Path) -> None:
     assert (place / "fresh/Snakefile").is_file()
 
 
+@pytest.mark.slow
 def test_a_new_projects_files_are_listed(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
         await review(pilot)
@@ -201,6 +203,7 @@ def test_a_directory_with_a_damaged_note(place: Path, answers: Answers, note: st
     drive(app_of(VALUES, opened=True), how)
 
 
+@pytest.mark.slow
 def test_another_project_is_not_replaced_without_a_word(place: Path, answers: Answers) -> None:
     writing.write_from_answers(answers, Path("project"))
 
@@ -216,6 +219,7 @@ def test_another_project_is_not_replaced_without_a_word(place: Path, answers: An
     assert project.read_project(place / "project").run.device == "cuda"
 
 
+@pytest.mark.slow
 def test_after_done_answers_can_be_changed_again(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
         await review(pilot)

@@ -151,6 +151,7 @@ def test_what_cannot_be_done_is_not_done(tmp_path: Path) -> None:
     assert told == [f"The run in {tmp_path / 'busy'}: Snakemake is gone, its job runs on."]
 
 
+@pytest.mark.slow
 def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
     """The Snakefile is empty: Snakemake itself refuses."""
     runs.project(tmp_path)

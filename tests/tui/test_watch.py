@@ -20,6 +20,7 @@ from ms4_wizard.watch.metrics import MetricsFile
 from ms4_wizard.watch.snakemake_log import parse
 from ms4_wizard.watch.stages import OUTPUTS, Snapshot, Watcher
 from ms4_wizard.widgets.plot import bars, braille, load_in_words, short
+from tests.examples import examples
 from tests.tui import runs
 
 HOST = os.uname().nodename
@@ -152,7 +153,9 @@ def middle(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(60),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(data=st.data())
 def test_files_cut_anywhere(

@@ -17,7 +17,6 @@ from ms4.config import EFFORTS, Effort
 from ms4.data.chat import Chat
 from ms4.data.conversation import parse_record
 from ms4.data.faults import SampleFault
-from ms4.data.tekken import write_tekken
 from tests.chat_reference import (
     CONTROLS,
     Record,
@@ -26,26 +25,16 @@ from tests.chat_reference import (
     reference,
     spans_by_prefixes,
 )
+from tests.examples import examples
 
 TAGS = ["[THINK]", "[/THINK]"]
 """In an assistant's text these are read as thinking, not as text."""
 
 
-@pytest.fixture(scope="module", params=[131072, 4096])
-def tekken(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path: Path = tmp_path_factory.mktemp(str(request.param)) / "tekken.json"
-    write_tekken(path, request.param)
+@pytest.fixture(scope="module", params=["whole_tekken", "small_tekken"], ids=["131072", "4096"])
+def tekken(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(request.param)
     return path
-
-
-@pytest.fixture(scope="module")
-def chat(tekken: Path) -> Chat:
-    return Chat(tekken)
-
-
-@pytest.fixture(scope="module")
-def mistral(tekken: Path) -> MistralTokenizer:  # type: ignore[type-arg]
-    return MistralTokenizer.from_file(tekken, mode=ValidationMode.agnostic)
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +230,7 @@ def records(draw: st.DrawFn) -> Record:
 
 
 def test_random_conversations(chat: Chat, mistral: Any, serving: Any) -> None:
-    @settings(deadline=None, max_examples=120)
+    @settings(deadline=None, max_examples=examples(120))
     @given(records(), st.sampled_from(EFFORTS))
     def run(record: Record, effort: Effort) -> None:
         try:
@@ -369,7 +358,7 @@ json_values = st.recursive(
 def test_odd_tools_are_faults_or_encoded(chat: Chat) -> None:
     fields = dict.fromkeys(("name", "description", "parameters", "strict"), json_values)
 
-    @settings(deadline=None, max_examples=150)
+    @settings(deadline=None, max_examples=examples(150))
     @given(
         st.fixed_dictionaries({}, optional={**fields, "name": st.just("f") | json_values}),
         st.fixed_dictionaries(

@@ -17,18 +17,6 @@ CONTROLS = ["[INST]", "</s>", "[THINK]", "[/THINK]", "[TOOL_CALLS]", "[ARGS]", "
 
 
 @pytest.fixture(scope="module")
-def tekken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tekken") / "tekken.json"
-    write_tekken(path, 4096)
-    return path
-
-
-@pytest.fixture(scope="module")
-def chat(tekken: Path) -> Chat:
-    return Chat(tekken)
-
-
-@pytest.fixture(scope="module")
 def tokenizer(tekken: Path) -> Tekkenizer:
     return Tekkenizer.from_file(tekken)
 

@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mistral_common.protocol.instruct.validator import ValidationMode
-from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from ms4.config import EFFORTS, Effort
 from ms4.data.chat import Chat, Masking
 from ms4.data.faults import SampleFault
-from ms4.data.tekken import write_tekken
 from tests.chat_reference import (
     Record,
     assistant_turns,
@@ -26,23 +23,12 @@ from tests.chat_reference import (
     spans_by_prefixes,
     written,
 )
+from tests.examples import examples
 
 
 @pytest.fixture(scope="module")
-def tekken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tekken.json"
-    write_tekken(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def chat(tekken: Path) -> Chat:
-    return Chat(tekken)
-
-
-@pytest.fixture(scope="module")
-def mistral(tekken: Path) -> MistralTokenizer:  # type: ignore[type-arg]
-    return MistralTokenizer.from_file(tekken, mode=ValidationMode.agnostic)
+def tekken(whole_tekken: Path) -> Path:
+    return whole_tekken
 
 
 def check(chat: Chat, mistral: Any, record: Record, effort: Effort) -> None:
@@ -141,10 +127,10 @@ def iter_pairs(text: str) -> list[str]:
     return pairs
 
 
-def run(chat: Chat, mistral: Any, examples: int) -> None:
+def run(chat: Chat, mistral: Any, count: int) -> None:
     @settings(
         deadline=None,
-        max_examples=examples,
+        max_examples=count,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(records(), st.sampled_from(EFFORTS))
@@ -155,7 +141,7 @@ def run(chat: Chat, mistral: Any, examples: int) -> None:
 
 
 def test_a_sample_of_generated_conversations(chat: Chat, mistral: Any) -> None:
-    run(chat, mistral, 40)
+    run(chat, mistral, examples(40))
 
 
 @pytest.mark.soak
@@ -207,7 +193,7 @@ def test_masks_of_every_kind(chat: Chat, mistral: Any) -> None:
 
     @settings(
         deadline=None,
-        max_examples=60,
+        max_examples=examples(60),
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     @given(records(images=False), maskings, st.data())

@@ -16,7 +16,6 @@ from ms4.config import EFFORTS, DataSection
 from ms4.data.chat import Chat
 from ms4.data.conversation import Conversation
 from ms4.data.formats import Reading, detect, to_conversation
-from ms4.data.tekken import write_tekken
 from tests.chat_reference import Record, mask_of, reference, spans_by_prefixes, written
 
 FILES = {
@@ -36,10 +35,8 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="module")
-def tekken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tekken.json"
-    write_tekken(path)
-    return path
+def tekken(whole_tekken: Path) -> Path:
+    return whole_tekken
 
 
 def records(path: Path) -> list[Record]:
@@ -115,6 +112,7 @@ def run(name: str, root: Path, tekken: Path, step: int) -> None:
     assert checked == len(range(0, count, step))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_tenth_of_the_public_data(name: str, root: Path, tekken: Path) -> None:
     run(name, root, tekken, 10)

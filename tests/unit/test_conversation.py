@@ -22,6 +22,7 @@ from ms4.data.faults import LISTED, Faults, SampleFault
 from ms4.data.readers import parse_row, read_rows
 from ms4.data.sources import Source
 from ms4.errors import Ms4Error
+from tests.examples import examples
 
 USER = {"role": "user", "content": "Two and two?"}
 ANSWER = {"role": "assistant", "content": "Four."}
@@ -205,7 +206,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(
     st.fixed_dictionaries(
         {"messages": st.lists(json_values, max_size=3)}, optional={"tools": json_values}

@@ -27,15 +27,8 @@ Record = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("weights")
-    write_tekken(directory / "tekken.json", 4096)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def chat(weights: Path) -> Chat:
-    return Chat(weights / "tekken.json")
+def weights(small_tekken: Path) -> Path:
+    return small_tekken.parent
 
 
 @pytest.fixture
@@ -457,6 +450,7 @@ def test_no_torch_is_imported() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_gsm8k(project: Path) -> None:
     """Public data at its real size: reasoning is the thinking, what follows #### the answer."""
     root = os.environ.get("MS4_TEST_DATA")

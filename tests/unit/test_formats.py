@@ -20,6 +20,7 @@ from ms4.data.formats import (
     to_conversation,
     unused_keys,
 )
+from tests.examples import examples
 
 USER = {"role": "user", "content": "Two and two?"}
 ANSWER = {"role": "assistant", "content": "Four."}
@@ -431,7 +432,7 @@ values = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=examples(400))
 @given(
     st.dictionaries(st.sampled_from(KEYS), values, max_size=5) | values,
     st.sampled_from(["auto", *FORMATS]),

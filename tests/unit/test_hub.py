@@ -235,6 +235,7 @@ def test_fetch_from_hub(project: Project, server: Hub, checkpoint: Path) -> None
     assert not server.requests
 
 
+@pytest.mark.slow
 def test_changed_and_lost_files_are_fetched_again(
     project: Project, server: Hub, checkpoint: Path
 ) -> None:
@@ -250,6 +251,7 @@ def test_changed_and_lost_files_are_fetched_again(
     assert project.holds(checkpoint)
 
 
+@pytest.mark.slow
 def test_files_without_record_are_hashed_not_fetched(
     project: Project, server: Hub, checkpoint: Path
 ) -> None:
@@ -261,6 +263,7 @@ def test_files_without_record_are_hashed_not_fetched(
     assert project.holds(checkpoint)
 
 
+@pytest.mark.slow
 def test_revisions(tmp_path: Path) -> None:
     old, new = make_checkpoint(tmp_path / "old", 1), make_checkpoint(tmp_path / "new", 2)
     with serve({REPOSITORY: {"v1": old, "main": new}}) as hub:
@@ -321,6 +324,7 @@ def test_cut_connection_goes_on_with_the_rest(
     assert project.holds(checkpoint)
 
 
+@pytest.mark.slow
 def test_kill_loses_nothing(project: Project, server: Hub, checkpoint: Path) -> None:
     server.faults.append(Fault(f"*/{BIG}", times=1, hold_after=150_000))
     process = project.start()
@@ -340,6 +344,7 @@ def test_kill_loses_nothing(project: Project, server: Hub, checkpoint: Path) -> 
     assert not project.partials()
 
 
+@pytest.mark.slow
 def test_server_that_ignores_ranges(project: Project, server: Hub, checkpoint: Path) -> None:
     leave_partial(project, checkpoint, 100_000)
     server.faults.append(Fault(f"*/{BIG}", ignore_range=True))
@@ -348,6 +353,7 @@ def test_server_that_ignores_ranges(project: Project, server: Hub, checkpoint: P
     assert project.holds(checkpoint)
 
 
+@pytest.mark.slow
 def test_server_that_sends_another_range(project: Project, server: Hub, checkpoint: Path) -> None:
     leave_partial(project, checkpoint, 100_000)
     server.faults.append(
@@ -374,6 +380,7 @@ def test_partial_as_long_as_the_file(project: Project, server: Hub, checkpoint: 
     assert project.holds(checkpoint)
 
 
+@pytest.mark.slow
 def test_damaged_partial_is_removed(project: Project, server: Hub, checkpoint: Path) -> None:
     part = leave_partial(project, checkpoint, 100_000)
     part.write_bytes(bytes(100_000))

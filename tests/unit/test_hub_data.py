@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from ms4.data.tekken import write_tekken
 from ms4.manifest import file_entry, write_manifest
 
 COMMIT = "a" * 40
@@ -95,13 +94,6 @@ def hub() -> Iterator[str]:
         server.shutdown()
 
 
-@pytest.fixture(scope="module")
-def tekken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tekken.json"
-    write_tekken(path, 4096)
-    return path
-
-
 def data(entry: str, endpoint: str, tekken: Path, home: Path) -> tuple[int, dict[str, Any]]:
     """Exit code and findings of `ms4 data`; the hub's address is read once, so in a new process."""
     done = subprocess.run(
@@ -138,7 +130,10 @@ def preprocess(
     )
 
 
-@pytest.mark.parametrize(("split", "samples"), [("", 5), ("#train", 5), ("#test", 2)])
+@pytest.mark.parametrize(
+    ("split", "samples"),
+    [("", 5), ("#train", 5), ("#test", 2)],
+)
 def test_a_data_set_by_id_revision_and_split(
     split: str, samples: int, hub: str, tekken: Path, tmp_path: Path
 ) -> None:
@@ -159,6 +154,7 @@ def test_a_hub_that_does_not_answer_is_one_fault(tekken: Path, tmp_path: Path) -
     assert f"{entry}: cannot be read on after 0 rows (" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ["hub:owner/name@v2", "hub:owner/name@v1#none", "hub:a/b@v1"])
 def test_what_is_not_there_is_one_fault(entry: str, hub: str, tekken: Path, tmp_path: Path) -> None:
     code, found = data(entry, hub, tekken, tmp_path)

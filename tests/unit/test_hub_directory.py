@@ -178,6 +178,7 @@ def test_errors_name_what_was_given(server: Hub, fetch: Callable[..., Result]) -
         assert "model." not in words[0].text
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused(
     server: Hub, fetch: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -248,6 +249,7 @@ def test_room_for_the_whole_plan(
 # What the environment says.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "value"),
     [

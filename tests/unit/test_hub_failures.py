@@ -53,6 +53,7 @@ def project(tmp_path: Path, server: Hub) -> Project:
 # Content that is not what the hub announced.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
@@ -94,6 +95,7 @@ def test_impossible_repository_name(project: Project) -> None:
     assert refused(project.fetch(), "model.source", "nor a hub id (owner/name)")
 
 
+@pytest.mark.slow
 def test_private_repository(tmp_path: Path, checkpoint: Path) -> None:
     with serve({REPOSITORY: checkpoint}, token=CREDENTIAL) as hub:
         project = Project(tmp_path / "project", hub.url)
@@ -103,6 +105,7 @@ def test_private_repository(tmp_path: Path, checkpoint: Path) -> None:
         assert project.holds(checkpoint)
 
 
+@pytest.mark.slow
 def test_gated_repository(tmp_path: Path, checkpoint: Path) -> None:
     with serve({REPOSITORY: checkpoint}, token=CREDENTIAL, gated=True) as hub:
         project = Project(tmp_path / "project", hub.url)
@@ -115,6 +118,7 @@ def test_gated_repository(tmp_path: Path, checkpoint: Path) -> None:
         assert project.holds(checkpoint)
 
 
+@pytest.mark.slow
 def test_token_goes_to_the_hub_only(tmp_path: Path, checkpoint: Path) -> None:
     with serve({REPOSITORY: checkpoint}, token=CREDENTIAL, redirect=True) as hub:
         project = Project(tmp_path / "project", hub.url)
@@ -142,6 +146,7 @@ def test_impossible_token(project: Project) -> None:
     assert "hf_stray" not in result.text
 
 
+@pytest.mark.slow
 def test_storage_that_refuses_is_asked_again(tmp_path: Path, checkpoint: Path) -> None:
     """Signed addresses expire: the hub must be asked for a new one, from where the file ended."""
     with serve({REPOSITORY: checkpoint}, redirect=True) as hub:
@@ -174,6 +179,7 @@ def test_other_refusals(project: Project, server: Hub) -> None:
     assert refused(project.fetch(), "answered 451 when asked for ")
 
 
+@pytest.mark.slow
 def test_rate_limit_is_waited_for(project: Project, server: Hub, checkpoint: Path) -> None:
     server.faults += [
         Fault("/api/*", times=1, status=429, headers={"Retry-After": "1"}),
@@ -185,6 +191,7 @@ def test_rate_limit_is_waited_for(project: Project, server: Hub, checkpoint: Pat
     assert project.holds(checkpoint)
 
 
+@pytest.mark.slow
 def test_rate_limit_is_not_waited_for_endlessly(project: Project, server: Hub) -> None:
     server.faults.append(Fault("/api/*", status=429, headers={"Retry-After": "0"}))
     assert refused(project.fetch(), "limits the rate of requests (429)", "Run again later")
@@ -194,6 +201,7 @@ def test_rate_limit_is_not_waited_for_endlessly(project: Project, server: Hub) -
     assert len(server.requests) == 5
 
 
+@pytest.mark.slow
 def test_passing_server_errors(project: Project, server: Hub, checkpoint: Path) -> None:
     server.faults += [
         Fault("/api/*", times=1, status=503),
@@ -243,6 +251,7 @@ def test_lasting_failures(tmp_path: Path, checkpoint: Path) -> None:
         assert hub.ranges(BIG) == [None, "bytes=40-"]  # four tries of ten bytes each
 
 
+@pytest.mark.slow
 def test_no_hub_at_the_address(project: Project, server: Hub) -> None:
     server.faults.append(Fault("/api/*", status=200, body=b"<html>Please log in to this network"))
     assert refused(project.fetch(), "does not answer as a hub does", "HF_ENDPOINT")
@@ -269,6 +278,7 @@ def test_password_in_endpoint_is_not_shown(project: Project, server: Hub) -> Non
 # Offline.
 
 
+@pytest.mark.slow
 def test_offline(project: Project, server: Hub, checkpoint: Path) -> None:
     assert refused(project.fetch(HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", "main branch")
     assert not server.requests

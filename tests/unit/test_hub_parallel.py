@@ -67,6 +67,7 @@ def test_four_at_a_time(project: Project, server: Hub, checkpoint: Path) -> None
     assert not project.partials()
 
 
+@pytest.mark.slow
 def test_one_failure_stops_the_others_and_keeps_what_came(
     project: Project, server: Hub, checkpoint: Path
 ) -> None:
@@ -147,6 +148,7 @@ def killed_at_random(
     assert not project.partials()
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments(project: Project, server: Hub, checkpoint: Path) -> None:
     killed_at_random(project, server, checkpoint, seed=1, times=3)
 

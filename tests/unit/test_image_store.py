@@ -74,6 +74,7 @@ def test_each_image_once_as_its_pixels(tmp_path: Path) -> None:
         assert last.shape[1] * 3 == store.pixels(3).size
 
 
+@pytest.mark.slow
 def test_the_same_bytes_for_any_number_of_workers(tmp_path: Path) -> None:
     write(tmp_path / "one", workers=1)
     write(tmp_path / "three", workers=3)

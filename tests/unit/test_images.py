@@ -28,6 +28,7 @@ from ms4.data.conversation import Conversation, Image, Message, Part, parse_imag
 from ms4.data.faults import SampleFault
 from ms4.data.images import ImageRules, encoded_image, grid_of, open_image, pixels, resolve
 from tests.chat_reference import png
+from tests.examples import examples
 
 RULES = ImageRules()
 
@@ -83,7 +84,7 @@ def data_file(tmp_path: Path) -> Path:
 # Tokens and pixels.
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=examples(300))
 @given(
     st.tuples(st.integers(1, 20_000), st.integers(1, 20_000)),
     st.integers(28, 1540) | st.just(1540),

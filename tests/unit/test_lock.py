@@ -195,6 +195,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(3))
 def test_of_many_that_take_over_one_wins(root: Path, start: Start, attempt: int) -> None:
     """The owner file alone, as where flock grants everyone, and a dead owner's file in the way."""

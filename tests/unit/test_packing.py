@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms4.data.packing import Order, epoch_order, pack, share
+from tests.examples import examples
 
 
 def loads(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -37,7 +38,7 @@ def plain_best_fit(lengths: list[int], capacity: int) -> list[int]:
     return [capacity - room for room in rooms]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.data(), st.integers(1, 60))
 def test_the_same_bins_as_the_textbook(data: st.DataObject, capacity: int) -> None:
     lengths = data.draw(st.lists(st.integers(1, capacity), max_size=60))
@@ -128,7 +129,7 @@ def test_documents_by_themselves() -> None:
         pack(lengths, 7, "none")
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(
     bins=st.integers(1, 50),
     seed=st.integers(0, 5),
@@ -159,7 +160,7 @@ def test_groups_are_shuffled() -> None:
     assert firsts != epoch_order(1000, 1, 0, 10)[::10].tolist()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.integers(1, 40), st.integers(0, 3), st.integers(1, 4), st.data())
 def test_a_position_resumes_exactly(bins: int, seed: int, group: int, data: st.DataObject) -> None:
     whole = Order(bins, seed, group).at(0, 200)
@@ -176,7 +177,7 @@ def test_a_position_resumes_exactly(bins: int, seed: int, group: int, data: st.D
         Order(0, seed)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
 def test_ranks_share_a_step_whole(ranks: int, together: int, accumulation: int) -> None:
     numbers = list(range(100, 100 + ranks * together * accumulation))

@@ -11,6 +11,7 @@ from ms4 import cli, config, fitting, manifest, memory, spec, throughput
 from ms4 import plan as planner
 from ms4.device import GPUS
 from ms4.errors import Ms4Error
+from tests.examples import examples
 
 FULL = spec.Dimensions()
 SMALL = spec.Dimensions(
@@ -164,7 +165,7 @@ def test_every_storage(experts):
     assert gib == pytest.approx({"nf4": 55.7, "fp8": 108, "bf16": 216}[experts], abs=0.05)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     micro_batch=st.integers(1, 16),
     length=st.integers(16, 4096),

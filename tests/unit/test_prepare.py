@@ -22,7 +22,6 @@ from ms4.data.chat import Chat, Masking
 from ms4.data.conversation import parse_record
 from ms4.data.dataset import load_packed, read_test, run_stage
 from ms4.data.packed import PackedData
-from ms4.data.tekken import write_tekken
 from ms4.errors import Ms4Error
 from tests.chat_reference import png
 
@@ -30,15 +29,8 @@ Record = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("weights")
-    write_tekken(directory / "tekken.json", 4096)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def chat(weights: Path) -> Chat:
-    return Chat(weights / "tekken.json")
+def weights(small_tekken: Path) -> Path:
+    return small_tekken.parent
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +102,7 @@ def written() -> str:
     return digest.hexdigest()
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_writes_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     write("train.jsonl", *chats(700), "nonsense\n", *chats(700, seed=1))
     write("test.jsonl", *chats(20, seed=2))

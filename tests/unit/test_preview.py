@@ -23,22 +23,10 @@ from ms4.data.conversation import parse_record
 from ms4.data.faults import LISTED
 from ms4.data.histogram import by_fill, by_length, histogram
 from ms4.data.packing import pack
-from ms4.data.tekken import write_tekken
 from tests.chat_reference import png
+from tests.examples import examples
 
 Record = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def tekken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tokenizer") / "tekken.json"
-    write_tekken(path, 4096)
-    return path
-
-
-@pytest.fixture(scope="module")
-def chat(tekken: Path) -> Chat:
-    return Chat(tekken)
 
 
 @pytest.fixture(autouse=True)
@@ -320,6 +308,7 @@ def test_on_a_terminal_what_is_trained_is_coloured(tekken: Path) -> None:
     assert "[INST]a[/INST]\x1b[1;32mb</s>\x1b[0m" in shown
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_and_without_torch() -> None:
     """The light install: the vocabulary is the one that mistral-common ships."""
     write("a.jsonl", sample("Guten Morgen", "Good morning"))
@@ -361,7 +350,9 @@ pieces = st.one_of(
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz"])
 def test_records_are_samples_or_dropped(name: str, chat: Chat, tmp_path: Path) -> None:
     @settings(
-        deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+        deadline=None,
+        max_examples=examples(40),
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
     @given(
         st.lists(pieces, min_size=1, max_size=8),

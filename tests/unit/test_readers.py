@@ -25,6 +25,7 @@ from ms4.data.faults import SampleFault
 from ms4.data.readers import Row, parse_row, read_rows
 from ms4.data.sources import Source, expand, local_files
 from ms4.errors import Ms4Error
+from tests.examples import examples
 
 Record = dict[str, Any]
 
@@ -426,7 +427,9 @@ LINES = ["a.jsonl", "p.jsonl"]
 @pytest.mark.parametrize("name", WRITERS)
 def test_mangled_files(name: str, tmp_path: Path) -> None:
     @settings(
-        deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+        deadline=None,
+        max_examples=examples(25),
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
     @given(st.data())
     def run(draw: st.DataObject) -> None:
@@ -440,7 +443,7 @@ def test_mangled_files(name: str, tmp_path: Path) -> None:
 def test_mangled_files_soak(name: str, tmp_path: Path) -> None:
     @settings(
         deadline=None,
-        max_examples=3000,
+        max_examples=examples(3000),
         suppress_health_check=[HealthCheck.function_scoped_fixture],
     )
     @given(st.data())
@@ -450,7 +453,7 @@ def test_mangled_files_soak(name: str, tmp_path: Path) -> None:
     run()
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.data())
 def test_no_line_of_mangled_jsonl_is_lost(draw: st.DataObject) -> None:
     """Every line that is not blank is a record or a fault of that line."""

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from ms4.errors import Ms4Error
 from ms4.weights import shards
 from ms4.weights.shards import ITEM_BYTES, Reader, read_header
+from tests.examples import examples
 from tests.small_source import TABLE, random_bits, save
 
 
@@ -218,7 +219,7 @@ def consistent(path: Path) -> None:
 
 
 MANGLED = settings(
-    max_examples=300,
+    max_examples=examples(300),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ms4.data.conversation import Conversation, Message, Part
 from ms4.data.split import BANDS, NearDuplicates, held_out, signature, text_of
+from tests.examples import examples
 
 WORDS = [f"word{n}" for n in range(400)]
 
@@ -46,7 +47,7 @@ def shingles(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[at : at + size]) for at in range(max(len(words) - size + 1, 1))}
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=examples(200))
 @given(st.randoms(use_true_random=False), st.integers(0, 300), st.integers(0, 60))
 def test_the_estimate_is_near_the_true_similarity(
     dice: random.Random, length: int, edits: int

@@ -14,6 +14,7 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from ms4.data.tekken import write_tekken
 from ms4.errors import Ms4Error
+from tests.examples import examples
 
 SIZES = (131072, 4096)
 
@@ -46,12 +47,8 @@ SPECIAL_IDS = {
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    root = tmp_path_factory.mktemp("tekken")
-    paths = {size: root / str(size) / "tekken.json" for size in SIZES}
-    for size, path in paths.items():
-        write_tekken(path, size)
-    return paths
+def files(small_tekken: Path, whole_tekken: Path) -> dict[int, Path]:
+    return {4096: small_tekken, 131072: whole_tekken}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +72,7 @@ def test_special_tokens_have_the_models_ids(size: int, tokenizers: dict[int, Tek
 def test_text_goes_there_and_back(size: int, tokenizers: dict[int, Tekkenizer]) -> None:
     tokenizer = tokenizers[size]
 
-    @settings(deadline=None, max_examples=50)
+    @settings(deadline=None, max_examples=examples(50))
     @given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=80))
     def check(text: str) -> None:
         ids = tokenizer.encode(text, bos=False, eos=False)
