@@ -22,8 +22,7 @@ from ms4.data.conversation import parse_record
 from ms4.data.dataset import load_packed, read_test, run_stage
 from ms4.data.tekken import write_tekken
 from ms4.errors import Ms4Error
-
-Record = dict[str, Any]
+from tests.unit.projects import Record, configure, fetch, sample, write
 
 
 @pytest.fixture(scope="module")
@@ -37,32 +36,6 @@ def project(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.chdir(tmp_path)
     fetch(weights)
     return tmp_path
-
-
-def fetch(directory: Path, **changes: Any) -> None:
-    content = {
-        "directory": str(directory),
-        "origin": "local",
-        "files": [manifest.file_entry(directory / "tekken.json", directory)],
-        **changes,
-    }
-    manifest.write_manifest(Path("weights/source.json"), "fetch", config_hash="", **content)
-
-
-def write(path: str, *records: Record | str) -> str:
-    Path(path).write_text(
-        "".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records)
-    )
-    return path
-
-
-def sample(question: str, answer: str, thinking: str | None = None, **fields: Any) -> Record:
-    said = {"role": "assistant", "content": answer, "reasoning": thinking}
-    return {"messages": [{"role": "user", "content": question}, said], **fields}
-
-
-def configure(**data: Any) -> config.RunConfig:
-    return config.RunConfig.model_validate({"data": {"train": ["train.jsonl"], **data}})
 
 
 def sums(count: int, start: int = 0) -> list[Record]:

@@ -16,61 +16,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ms4 import config, manifest
+from ms4 import config
 from ms4.data import dataset, prepare, split
 from ms4.data.chat import Chat, Masking
 from ms4.data.conversation import parse_record
-from ms4.data.dataset import load_packed, read_test, run_stage
-from ms4.data.packed import PackedData
+from ms4.data.dataset import read_test, run_stage
 from ms4.errors import Ms4Error
 from tests.chat_reference import png
-
-Record = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def weights(small_tekken: Path) -> Path:
-    return small_tekken.parent
+from tests.unit.projects import Record, configure, documents, fetch, packed, result, sample, write
 
 
 @pytest.fixture(autouse=True)
-def project(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def project(tmp_path: Path, small_tekken: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty project whose weights are fetched; the current directory."""
     monkeypatch.chdir(tmp_path)
-    files = [manifest.file_entry(weights / "tekken.json", weights)]
-    content = {"directory": str(weights), "origin": "local", "files": files}
-    manifest.write_manifest(Path("weights/source.json"), "fetch", config_hash="", **content)
+    fetch(small_tekken.parent)
     return tmp_path
-
-
-def sample(question: str, answer: str, thinking: str | None = None, **fields: Any) -> Record:
-    said = {"role": "assistant", "content": answer, "reasoning": thinking}
-    return {"messages": [{"role": "user", "content": question}, said], **fields}
-
-
-def write(path: str, *records: Any) -> None:
-    Path(path).write_text(
-        "".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records)
-    )
-
-
-def configure(threads: int | None = None, **data: Any) -> config.RunConfig:
-    values = {"data": {"train": ["train.jsonl"], **data}, "run": {"threads": threads}}
-    return config.RunConfig.model_validate(values)
-
-
-def result() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(Path("results/data.json").read_text())
-    return content
-
-
-def packed() -> PackedData:
-    return load_packed(Path("data/packed/train.safetensors"))
-
-
-def documents() -> list[list[int]]:
-    data = packed()
-    return [data.document(number)[0].tolist() for number in range(data.documents)]
 
 
 def chats(count: int, seed: int = 0) -> list[Record]:
