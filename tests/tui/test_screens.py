@@ -488,8 +488,7 @@ def test_snapshot(place: Path, snap_compare: Any, key: str, size: tuple[int, int
             await until(pilot, lambda: pilot.app.screen is not first)
         screen = pilot.app.screen
         if key in NUMBERS or key == "review":
-            # A cursor that blinks is there or not, so the focus leaves the control that a new
-            # screen gives it to. Giving and leaving are messages, which a pause does not outlast.
+            # A cursor blinks, so the focus leaves it; by messages, which a pause does not outlast.
             button = screen.query_one("#next, #write", Button)
             old = screen.focused
             button.focus()

@@ -7,13 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -159,29 +156,6 @@ def test_kills(tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_many_kills(tmp_path: Path) -> None:
     _kills(tmp_path, 40)
-
-
-def test_a_killed_worker_is_one_error(tmp_path: Path) -> None:
-    """kill -9 of a process that scales, as the kernel does it where memory is short."""
-    killed: list[int] = []
-
-    def kill() -> None:
-        while not killed:
-            for child in psutil.Process().children():
-                with suppress(psutil.Error):
-                    if any("spawn_main" in word for word in child.cmdline()):
-                        child.kill()
-                        killed.append(child.pid)
-                        return
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=kill, daemon=True)
-    thread.start()
-    with pytest.raises(Ms4Error, match=r"s: a process that scales images was killed, .*memory"):
-        write(tmp_path / "s", workers=2)
-    thread.join(10)
-    assert killed
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_opencv(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -68,6 +69,27 @@ def test_held_once_and_left_clean(root: Path) -> None:
 def test_left_clean_after_an_error(root: Path) -> None:
     with pytest.raises(ZeroDivisionError), lock.hold("train"):
         raise ZeroDivisionError
+    with lock.hold("train"):
+        assert len(lock.live_owners(root)) == 1
+
+
+FORKS = """
+import os, signal, time
+from ms4 import lock
+with lock.hold("train"):
+    if not os.fork():
+        time.sleep(0.7)
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_dead_owner_forked_is_waited_for(root: Path) -> None:
+    """A process that it forked has the locked file open, and lives a little longer."""
+    subprocess.run([sys.executable, "-c", FORKS], check=False)
+    file = (root / "locks/train.lock").open("a")
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     with lock.hold("train"):
         assert len(lock.live_owners(root)) == 1
 

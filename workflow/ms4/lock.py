@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -30,6 +31,8 @@ HEARTBEAT_S = 10.0
 """Seconds between two touches of the owner file."""
 STALE_S = 60.0
 """An owner on another host whose file was not touched for so many seconds is dead."""
+ORPHANS_S = 3.0
+"""Seconds that processes which a killed owner had forked are given to end."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,7 @@ def hold(stage: str, directory: Path = LOCKS) -> Iterator[None]:
     directory.mkdir(exist_ok=True)
     owner_path = directory / f"{stage}.owner"
     with (directory / f"{stage}.lock").open("a") as lock_file:
-        try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _held(read_owner(owner_path), stage, directory) from None
+        _lock(lock_file, owner_path, stage)
         _claim(owner_path, stage)
         stop = threading.Event()
         heartbeat = threading.Thread(target=_beat, args=(owner_path, stop), daemon=True)
@@ -144,6 +144,20 @@ def hold(stage: str, directory: Path = LOCKS) -> Iterator[None]:
             stop.set()
             owner_path.unlink(missing_ok=True)  # before the wait, which an interrupt may end
             heartbeat.join()
+
+
+def _lock(file: IO[str], owner_path: Path, stage: str) -> None:
+    """Lock the file; processes that a killed owner had forked hold it until they notice."""
+    deadline = time.monotonic() + ORPHANS_S
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = read_owner(owner_path)
+            lives = owner is not None and is_alive(owner_path, owner)
+            if lives or time.monotonic() > deadline:
+                raise _held(owner, stage, owner_path.parent) from None
+            time.sleep(0.05)
 
 
 def _claim(path: Path, stage: str) -> None:

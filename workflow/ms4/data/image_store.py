@@ -21,9 +21,7 @@ import os
 from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +31,6 @@ import numpy.typing as npt
 
 from ms4.data.images import UNIT, EncodedImage, Grid, check_scaling, pixels
 from ms4.data.packed import map_tensors
-from ms4.errors import Ms4Error
 from ms4.manifest import commit_file
 
 _HEADER = 4096
@@ -77,7 +74,7 @@ class ImageStoreWriter:
         Args:
             path: where it goes.
             max_size: longest side of an image in pixels.
-            workers: processes that decode and scale; the file is the same for any number.
+            workers: threads that decode and scale; the file is the same for any number.
 
         Raises:
             Ms4Error: opencv is not installed.
@@ -121,11 +118,7 @@ class ImageStoreWriter:
         return number
 
     def finish(self) -> dict[str, int]:
-        """Write the store; returns how many images and bytes it holds.
-
-        Raises:
-            Ms4Error: a process was killed.
-        """
+        """Write the store; returns how many images and bytes it holds."""
         self._file.close()
         starts = np.zeros(len(self._grids) + 1, dtype=np.int64)
         np.cumsum([3 * UNIT * UNIT * c * r for c, r in self._grids], out=starts[1:])
@@ -175,22 +168,15 @@ class ImageStoreWriter:
             for task in tasks:
                 yield _prepare(*task)
             return
-        # Not forked: torch's threads, if a test has them, do not survive that.
-        with ProcessPoolExecutor(self._workers, mp_context=get_context("spawn")) as pool:
+        # Threads do: decoding, scaling and numpy let others run meanwhile.
+        with ThreadPoolExecutor(self._workers) as pool:
             ahead: deque[Future[bytes]] = deque()
-            try:
-                for task in tasks:
-                    ahead.append(pool.submit(_prepare, *task))
-                    if len(ahead) > 2 * self._workers:
-                        yield ahead.popleft().result()
-                while ahead:
+            for task in tasks:
+                ahead.append(pool.submit(_prepare, *task))
+                if len(ahead) > 2 * self._workers:
                     yield ahead.popleft().result()
-            except BrokenProcessPool as error:
-                raise Ms4Error(
-                    f"{self._path}: a process that scales images was killed, for want of memory "
-                    "perhaps: the largest images take 1.3 GB each. Run the same command again, "
-                    "with a smaller run.threads if the memory was short."
-                ) from error
+            while ahead:
+                yield ahead.popleft().result()
 
 
 class ImageStore:

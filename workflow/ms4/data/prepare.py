@@ -5,17 +5,12 @@ Each record ends as exactly one outcome: a sample, or the reason why it is none.
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +23,7 @@ from ms4.data.chat import Chat, Encoded, Masking
 from ms4.data.conversation import Conversation
 from ms4.data.faults import SampleDropped, SampleFault
 from ms4.data.formats import Reading
+from ms4.data.processes import Processes, ProcessKilled
 from ms4.data.readers import Row, parse_row, read_rows
 from ms4.data.reasoning import settle
 from ms4.data.sources import Source
@@ -256,29 +252,7 @@ class Preparer:
         return f"none of its turns within data.sequence_length {limit} can be its end ({ends})"
 
 
-# Processes. What a worker works with is set before it is forked.
-
-_PREPARER: Preparer | None = None
-
-
-def _start(parent: int) -> None:
-    def watch() -> None:
-        # A killed parent closes nothing that its workers wait for: each sees to itself.
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _ready() -> int:
-    return os.getpid()
-
-
-def _work(rows: list[Row], reading: Reading, source: Source) -> _Sent:
-    if _PREPARER is None:
-        raise RuntimeError("a worker without its preparer")
-    return _Sent.of(_PREPARER.batch(rows, reading, source))
+# Processes.
 
 
 _NONE = np.zeros(0, dtype=np.int32)
@@ -328,10 +302,13 @@ class _Sent:
         return self.batch
 
 
+Pool = Processes[[list[Row], Reading, Source], _Sent]
+
+
 class Workers:
     """Runs a preparer in this process or in several."""
 
-    def __init__(self, preparer: Preparer, pool: ProcessPoolExecutor | None, count: int) -> None:
+    def __init__(self, preparer: Preparer, pool: Pool | None, count: int) -> None:
         self._preparer = preparer
         self._pool = pool
         self._window = 4 * count
@@ -349,12 +326,12 @@ class Workers:
         waiting: deque[Future[_Sent]] = deque()
         try:
             for batch in _batched(rows):
-                waiting.append(self._pool.submit(_work, batch, reading, source))
+                waiting.append(self._pool.submit(batch, reading, source))
                 if len(waiting) >= self._window:
                     yield waiting.popleft().result().received()
             while waiting:
                 yield waiting.popleft().result().received()
-        except BrokenProcessPool as error:
+        except ProcessKilled as error:
             raise Ms4Error(
                 "a process that turns conversations into tokens was killed, for want of memory "
                 "perhaps; the same command starts again"
@@ -371,23 +348,16 @@ def started(chat: Chat, recipe: Recipe, count: int, size: int) -> Iterator[Worke
         count: processes.
         size: bytes of the data; little of it is done in this process.
     """
-    global _PREPARER
     preparer = Preparer(chat, recipe)
     if count < 2 or size < PARALLEL_BYTES:
         yield Workers(preparer, None, 1)
         return
-    _PREPARER = preparer
-    pool = ProcessPoolExecutor(
-        count, mp_context=get_context("fork"), initializer=_start, initargs=(os.getpid(),)
-    )
-    try:
-        # All are forked now, before a progress bar has started a thread.
-        for future in [pool.submit(_ready) for _ in range(count)]:
-            future.result()
+
+    def work(rows: list[Row], reading: Reading, source: Source) -> _Sent:
+        return _Sent.of(preparer.batch(rows, reading, source))
+
+    with Processes(count, work) as pool:
         yield Workers(preparer, pool, count)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        _PREPARER = None
 
 
 def _batched(rows: Iterable[Row]) -> Iterator[list[Row]]:
