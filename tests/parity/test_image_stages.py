@@ -9,9 +9,10 @@ import pytest
 from ms4 import config
 from ms4.cli import run_stage
 from ms4.data.image_store import ImageStore
-from ms4.data.packed import load_packed
+from ms4.data.packed import load_packed, read_test
 from ms4.errors import Ms4Error
 from ms4.manifest import read_json
+from ms4.report.record import read_lines
 from tests.chat_reference import png
 
 PACKED = Path("data/packed/train.safetensors")
@@ -90,6 +91,45 @@ def test_images_are_stored_once_and_trained_with(checkpoint, with_images):
     run_stage("train", run)
     others = Path("results/metrics.jsonl").read_text().splitlines()
     assert json.loads(others[0])["loss"] != losses[0]
+
+
+def test_images_in_held_out_sets(checkpoint, with_images):
+    """In a set of their own and in what is held out of the training data, each stored once."""
+    lines = Path("train.jsonl").read_text().splitlines()
+    Path("held.jsonl").write_text(lines[2].replace("How many", "And here") + "\n")
+    run = settings(checkpoint, test={"held": "held.jsonl"}, holdout=0.4)
+    run = run.model_copy(update={"evaluate": run.evaluate.model_copy(update={"max_new_tokens": 3})})
+    for stage in ("preprocess", "plan", "train", "evaluate", "deliver"):
+        run_stage(stage, run)
+    store = ImageStore(IMAGES)
+    assert len(store) == 4
+    held = list(read_test(Path("data/packed/test.jsonl")))
+    assert held[0].images == held[1].images
+    digests = [bytes(store.sha256[number]) for number in held[0].images]
+    assert digests == [hashlib.sha256(Path(f"{n}.png").read_bytes()).digest() for n in (1, 2)]
+    assert any(sample.set == "holdout" and sample.images for sample in held)
+    for sample in held:
+        cells = sum(int(store.grids[number].prod()) for number in sample.images)
+        assert sample.prompt.count(10) == cells
+        assert sample.tokens is None or sample.tokens.count(10) == cells
+    made = read_json(Path("results/evaluation.json"))
+    assert {row["set"] for row in made["rows"]} == {"held", "holdout"}
+    rows = [row for row in made["rows"] if row["loss"] is not None]
+    assert all(0 < row["loss"] < 20 for row in rows)
+    asked = read_lines(Path("results/evaluation/examples.jsonl"))
+    (question,) = {
+        line["question"] for line in asked if line["set"] == "held" and line["effort"] == "none"
+    }
+    assert question.count("[IMG]") == 2
+    assert "[IMG_" not in question
+
+    # Other pixels of the held-out images, the same everything else: other losses.
+    for number in (1, 2):
+        Path(f"{number}.png").write_bytes(png(*SIZES[number], number + 50))
+    for stage in ("preprocess", "train", "evaluate"):
+        run_stage(stage, run)
+    again = read_json(Path("results/evaluation.json"))["rows"]
+    assert again[0]["loss"] != made["rows"][0]["loss"]
 
 
 @pytest.mark.slow

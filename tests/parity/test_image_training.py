@@ -12,10 +12,11 @@ from ms4.config import AdaptersSection
 from ms4.data.chat import Chat
 from ms4.data.image_store import ImageStore, ImageStoreWriter
 from ms4.data.images import pixels
-from ms4.data.packed import PackedData
+from ms4.data.packed import PackedData, TestSample
 from ms4.data.packing import pack
 from ms4.data.tekken import write_tekken
 from ms4.errors import Ms4Error
+from ms4.evaluate.generate import answer, mean_loss
 from ms4.model import lora
 from ms4.model.attention import packed
 from ms4.model.build import load_model
@@ -76,10 +77,15 @@ def ours(bases):
 
 def alone(model, one, images=None):
     """transformers' logits of one document, its images padded to one size."""
-    images = one.images if images is None else images
     tokens = torch.from_numpy(one.tokens.astype(np.int64))[None]
+    shown = as_given(one.images if images is None else images)
+    return model(input_ids=tokens, **shown).logits[0]
+
+
+def as_given(images):
+    """What transformers' forward takes of images."""
     if not images:
-        return model(input_ids=tokens).logits[0]
+        return {}
     # What the store holds: mistral-common's pixels in BF16.
     arrays = [
         torch.from_numpy(pixels(image.raw, MAX_SIZE)).to(torch.bfloat16).float() for image in images
@@ -89,7 +95,7 @@ def alone(model, one, images=None):
     padded = torch.stack(
         [F.pad(a, (0, width - a.shape[2], 0, height - a.shape[1])) for a in arrays]
     )
-    return model(input_ids=tokens, pixel_values=padded, image_sizes=sizes).logits[0]
+    return {"pixel_values": padded, "image_sizes": sizes}
 
 
 def packed_logits(model, batch):
@@ -143,6 +149,37 @@ def test_another_image_is_seen(checkpoint, made):
     other = replace(one.images[0], raw=png(*one.images[0].size, 9))
     found = alone(model, one, [other, one.images[1]])
     assert relative(found, alone(model, one)) > 1e-4
+
+
+@torch.no_grad()
+def test_held_out_losses_and_answers_are_what_transformers_gives(checkpoint, made, ours):
+    """Samples of a batch differ in how many images they show, and are padded."""
+    encoded, _, store = made
+    model = reference(checkpoint)
+    samples, total, trained = [], 0.0, 0
+    for number, one in enumerate(encoded):
+        logits = alone(model, one)
+        targets = torch.from_numpy(np.where(one.trained, one.tokens, IGNORED).astype(np.int64))
+        total += F.cross_entropy(
+            logits[:-1], targets[1:], reduction="sum", ignore_index=IGNORED
+        ).item()
+        trained += int(one.trained.sum())
+        lists = (one.prompt.tolist(), one.tokens.tolist(), one.trained.tolist())
+        samples.append(TestSample("t", number, "none", *lists, "", store.document(number)))
+    loss, counted = mean_loss(ours, samples, store, 3, 16)
+    assert counted == trained
+    assert loss == pytest.approx(total / trained, rel=1e-5)
+    seen = []
+    with ours.lm_head.register_forward_hook(lambda *call: seen.append(call[-1])):
+        answers = answer(ours, samples, store, 6)
+    for number, one in enumerate(encoded):
+        tokens = torch.from_numpy(one.prompt.astype(np.int64))[None]
+        for step, written in enumerate(answers[number]):
+            logits = model(input_ids=tokens, **as_given(one.images)).logits[0, -1]
+            assert relative(seen[step][number, -1], logits) < 1e-5
+            assert written == logits.argmax()
+            tokens = torch.cat([tokens, torch.tensor([[written]])], 1)
+        assert written == 2, "the end"
 
 
 def test_adapters_learn_and_the_vision_tower_does_not(made, ours):

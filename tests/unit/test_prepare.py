@@ -17,12 +17,11 @@ import numpy as np
 import pytest
 
 from ms4 import config
-from ms4.data import dataset, prepare, split
+from ms4.data import dataset, prepare
 from ms4.data.chat import Chat, Masking
 from ms4.data.conversation import parse_record
 from ms4.data.dataset import read_test, run_stage
 from ms4.errors import Ms4Error
-from tests.chat_reference import png
 from tests.unit.projects import Record, configure, documents, fetch, packed, result, sample, write
 
 
@@ -342,7 +341,7 @@ def test_images_are_refused_where_only_text_trains() -> None:
     with pytest.raises(Ms4Error) as caught:
         run_stage(configure(test={"t": "test.jsonl"}))
     assert "train.jsonl:1: holds images, and data.modality is `text`; remove" in str(caught.value)
-    assert "test.jsonl:1: holds images, and evaluation takes text alone; rem" in str(caught.value)
+    assert "test.jsonl:1: holds images, and data.modality is `text`; remove" in str(caught.value)
 
 
 def test_policies_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
@@ -386,25 +385,3 @@ def test_a_sample_that_stands_twice_is_held_out_twice(project: Path) -> None:
     assert found["train"]["held_out"] > 0
     assert found["train"]["held_out"] % 2 == 0
     assert found["train"]["samples"] + found["train"]["held_out"] == 80
-
-
-def test_images_are_not_held_out(project: Path) -> None:
-    """The share cannot be taken of them, and the fault says what to set."""
-    (project / "a.png").write_bytes(png(30, 30))
-    records = [sample(str(n), "b") for n in range(40)]
-    for record in records:
-        record["messages"][0]["content"] = [
-            {"type": "image", "path": "a.png"},
-            {"type": "text", "text": record["messages"][0]["content"]},
-        ]
-    held_out = [
-        number
-        for number, record in enumerate(records, 1)
-        if split.held_out(parse_record(record).key(), 0.2)
-    ]
-    assert 0 < len(held_out) <= 20
-    write("train.jsonl", *records)
-    with pytest.raises(Ms4Error) as caught:
-        run_stage(configure(holdout=0.2, modality="text_vision"))
-    why = "holds images, and evaluation takes text alone; set data.holdout to 0"
-    assert str(caught.value).splitlines()[1:] == [f"  train.jsonl:{n}: {why}" for n in held_out]

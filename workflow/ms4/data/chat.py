@@ -135,6 +135,8 @@ class Chat:
         self.think, self.end_think = special["[THINK]"], special["[/THINK]"]
         self._tool_ids = {special["[TOOL_CALLS]"], special["[ARGS]"]}
         self._inst = special["[INST]"]
+        self._image, self._end_image = special["[IMG]"], special["[IMG_END]"]
+        self._in_image = {self._image, special["[IMG_BREAK]"]}
         self._first_text_id = tokenizer.num_special_tokens
         self._masks = Masks(special, self._first_text_id)
         self._grid_encoder: _GridEncoder | None = None
@@ -282,6 +284,11 @@ class Chat:
     def decode(self, tokens: npt.NDArray[np.int32] | list[int]) -> str:
         """Text of token ids; control ids by their names."""
         return self._tokenizer.decode([int(token) for token in tokens], SpecialTokenPolicy.KEEP)
+
+    def decode_question(self, tokens: list[int]) -> str:
+        """Text of a prompt; each image is one [IMG]."""
+        short = [token for token in tokens if token not in self._in_image]
+        return self.decode([self._image if t == self._end_image else t for t in short])
 
     def decode_answer(self, tokens: list[int], effort: Effort) -> tuple[str | None, str, bool]:
         """Take apart what the model wrote as its turn.

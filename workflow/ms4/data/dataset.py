@@ -71,6 +71,7 @@ class _HeldOut:
     """The held-out sets: what is written of them, and what training data is compared with."""
 
     out: TextIO
+    store: ImageStoreWriter | None
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     places: dict[bytes, str] = field(default_factory=dict)
     near: split.NearDuplicates = field(default_factory=split.NearDuplicates)
@@ -84,7 +85,7 @@ class _HeldOut:
         """
         where = f"{name}, {place}:{line}"
         self.places.setdefault(conversation.key(), where)
-        samples = _test_samples(chat, name, line, conversation)
+        samples = _test_samples(chat, name, line, conversation, self.store)
         self.near.add(where, split.signature(split.text_of(conversation)))
         counts = self.counts.setdefault(name, {"samples": 0, "tokens": 0})
         counts["samples"] += 1
@@ -109,12 +110,13 @@ class _Training:
 
 
 def _read_held_out(
-    data: DataSection,
+    recipe: Recipe,
     chat: Chat,
     faults: Faults,
     held_out: _HeldOut,
     on_bytes: Callable[[int], None],
 ) -> None:
+    data = recipe.data
     for name, path in data.test.items():
         held_out.counts[name] = {"samples": 0, "tokens": 0}
         for source in map(pinned, expand([path])):
@@ -124,24 +126,25 @@ def _read_held_out(
             for row in rows:
                 try:
                     conversation = to_conversation(parse_row(row), reading)
+                    conversation = recipe.resolved(conversation, source)
                     held_out.add(chat, name, source.name, row.line or 0, conversation)
                 except SampleFault as fault:
                     faults.add(source.name, row.line, str(fault))
 
 
-def _test_samples(chat: Chat, name: str, line: int, conversation: Conversation) -> list[TestSample]:
+def _test_samples(
+    chat: Chat, name: str, line: int, conversation: Conversation, store: ImageStoreWriter | None
+) -> list[TestSample]:
     """A held-out conversation in every effort, whichever of them is evaluated."""
     if conversation.plain is not None:
         raise SampleFault("plain text has no answer to compare with; give conversations")
-    if conversation.images:
-        mend = "set data.holdout to 0" if name == HOLDOUT else "remove the sample"
-        raise SampleFault(f"holds images, and evaluation takes text alone; {mend}")
     check_order(conversation)
     conversation = conversation.all_trained()
     plain = conversation.without_thinking()
     encoded = {"none": chat.encode(plain, "none"), "high": chat.encode(conversation, "high")}
     last_turn = encoded["none"].tokens[encoded["none"].last_turn :].tolist()
     _, answer, _ = chat.decode_answer(last_turn, "none")
+    numbers = [store.add(image) for image in encoded["none"].images] if store is not None else []
     samples = []
     for effort in EFFORTS:
         whole = effort == "none" or conversation.ends_with_thinking
@@ -154,6 +157,7 @@ def _test_samples(chat: Chat, name: str, line: int, conversation: Conversation) 
                 tokens=encoded[effort].tokens.tolist() if whole else None,
                 trained=encoded[effort].trained.tolist() if whole else None,
                 answer=answer,
+                images=numbers,
             )
         )
     return samples
@@ -428,14 +432,14 @@ def run_stage(config: RunConfig) -> None:
                 largest = data.images.max_size
                 store = stack.enter_context(ImageStoreWriter(IMAGES, largest, workers))
             recipe = Recipe(data, with_images=with_images, signatures=compared)
-            held_out, near = _HeldOut(out), _Signatures(signatures)
+            held_out, near = _HeldOut(out, store), _Signatures(signatures)
             reader = _Reader(data, chat, held_out, writer, store, near, faults, left_out)
             with (
                 started(chat, recipe, workers, size) as pool,
                 ByteProgress("conversations", size) as progress,
             ):
                 # Held-out sets first: a training sample is then looked up among theirs.
-                _read_held_out(data, chat, faults, held_out, progress.advance)
+                _read_held_out(recipe, chat, faults, held_out, progress.advance)
                 for result in read_files(sources, pool, data, progress.advance):
                     reader.file(result)
             training, tally = reader.training, reader.training.tally

@@ -105,10 +105,10 @@ class ImageStoreWriter:
 
     def add_document(self, images: Sequence[EncodedImage]) -> None:
         """Note the next document of the packed data, in their order, and the images it shows."""
-        self._uses.extend(self._add(image) for image in images)
+        self._uses.extend(self.add(image) for image in images)
         self._use_starts.append(len(self._uses))
 
-    def _add(self, image: EncodedImage) -> int:
+    def add(self, image: EncodedImage) -> int:
         """The image's number in the store; an equal file gets the number that it has."""
         number = self._numbers.setdefault(image.sha256, len(self._numbers))
         if number == len(self._grids):

@@ -90,6 +90,8 @@ class TestSample:
     trained: list[int] | None
     answer: str
     """The last turn as `Chat.decode_answer` gives it: without thinking, white space stripped."""
+    images: list[int]
+    """Numbers in `images.safetensors`, in the order of their tokens; all stand in the prompt."""
 
 
 def load_packed(path: Path) -> PackedData:

@@ -63,13 +63,22 @@ class Recipe:
             earlier_thinking=self.data.earlier_thinking != "mask",
         )
 
-    @property
-    def image_rules(self) -> images.ImageRules:
-        """Where images may come from."""
+    def resolved(self, conversation: Conversation, source: Source) -> Conversation:
+        """The conversation with the bytes of its images.
+
+        Raises:
+            SampleFault: it may hold none, or one of them cannot be had.
+        """
+        if not conversation.images:
+            return conversation
+        if not self.with_images:
+            raise SampleFault(
+                "holds images, and data.modality is `text`; remove the sample or its images"
+            )
         given = self.data.images
-        return images.ImageRules(
-            roots=tuple(self.base / root for root in given.roots), allow_http=given.allow_http
-        )
+        roots = tuple(self.base / root for root in given.roots)
+        rules = images.ImageRules(roots=roots, allow_http=given.allow_http)
+        return images.resolve(conversation, source.path, rules)
 
 
 @dataclass
@@ -164,12 +173,7 @@ class Preparer:
         key = conversation.key()
         settled = settle(conversation, data)
         conversation = settled.conversation
-        if conversation.images:
-            if not self._recipe.with_images:
-                raise SampleFault(
-                    "holds images, and data.modality is `text`; remove the sample or its images"
-                )
-            conversation = images.resolve(conversation, source.path, self._recipe.image_rules)
+        conversation = self._recipe.resolved(conversation, source)
         encoded = self._chat.encode(conversation, settled.effort, self._recipe.masking)
         length, plain = len(encoded.tokens), conversation.plain is not None
         truncated = False

@@ -15,7 +15,8 @@ from typing import Any
 from ms4 import spec
 from ms4.config import RunConfig
 from ms4.data.chat import Chat
-from ms4.data.dataset import TestSample, read_test
+from ms4.data.image_store import ImageStore
+from ms4.data.packed import TestSample, read_test
 from ms4.evaluate.generate import answer, mean_loss
 from ms4.manifest import (
     check_files,
@@ -30,7 +31,7 @@ from ms4.manifest import (
 from ms4.model import lora
 from ms4.model.build import choose_device, load_model, prepare_torch
 from ms4.progress import track
-from ms4.train.loop import ADAPTER, BASE
+from ms4.train.loop import ADAPTER, BASE, open_images
 
 OUTPUT = Path("results/evaluation.json")
 DIRECTORY = Path("results/evaluation")
@@ -44,17 +45,21 @@ MODELS = ("untuned", "tuned")
 
 
 def _measure(
-    model: Any, chat: Chat, samples: Sequence[TestSample], config: RunConfig
+    model: Any,
+    chat: Chat,
+    samples: Sequence[TestSample],
+    images: ImageStore | None,
+    config: RunConfig,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One piece: its row of the table, and what was generated."""
     settings = config.evaluate
-    loss, tokens = mean_loss(model, samples, settings.batch, config.train.loss_chunk)
+    loss, tokens = mean_loss(model, samples, images, settings.batch, config.train.loss_chunk)
     # Longest prompts together: less padding, and the batch that may not fit comes first.
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i].prompt))
     written: dict[int, list[int]] = {}
     for start in range(0, len(order), settings.batch):
         group = order[start : start + settings.batch]
-        answers = answer(model, [samples[i].prompt for i in group], settings.max_new_tokens)
+        answers = answer(model, [samples[i] for i in group], images, settings.max_new_tokens)
         written.update(zip(group, answers, strict=True))
     records: list[dict[str, Any]] = []
     for index, sample in enumerate(samples):
@@ -64,7 +69,7 @@ def _measure(
                 "set": sample.set,
                 "effort": sample.effort,
                 "line": sample.line,
-                "question": chat.decode(sample.prompt),
+                "question": chat.decode_question(sample.prompt),
                 "expected": sample.answer,
                 "thinking": thinking,
                 "answer": text,
@@ -110,6 +115,7 @@ def run_stage(config: RunConfig) -> None:
             group.append(sample)
     sets = {key: group for key, group in sets.items() if group}
 
+    images = open_images(manifests["preprocess"])
     device, dtype, why = choose_device(config.run)
     print(f"evaluate: on {why}")
     prepare_torch(config.run, config.seed)
@@ -127,7 +133,7 @@ def run_stage(config: RunConfig) -> None:
         piece = read_json(path) if path.exists() else {}
         if piece.get("made_from") != made_from:
             with lora.without_adapters(model) if which == "untuned" else nullcontext():
-                row, records = _measure(model, chat, sets[name, effort], config)
+                row, records = _measure(model, chat, sets[name, effort], images, config)
             piece = {"made_from": made_from, "row": row, "answers": records}
             write_json(path, piece)
         rows.append({"set": name, "effort": effort, "model": which, **piece["row"]})

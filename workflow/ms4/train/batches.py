@@ -5,6 +5,7 @@ Shape letters: B rows (bins), T positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from ms4.model.module import IGNORED, PAD, Batch, PackedLoss
 if TYPE_CHECKING:  # it brings an image library, which text has no use for
     from ms4.data.image_store import ImageStore
 
-__all__ = ["IGNORED", "PAD", "Batch", "Batches", "collate", "loss_sum"]
+__all__ = ["IGNORED", "PAD", "Batch", "Batches", "collate", "load_images", "loss_sum"]
 
 
 def collate(rows: list[list[tuple[np.ndarray, np.ndarray]]]) -> Batch:
@@ -90,18 +91,28 @@ class Batches:
     def _batch(self, bins: list[int]) -> Batch:
         numbers = [self._data.bin(number).tolist() for number in bins]
         batch = collate([[self._data.document(d) for d in row] for row in numbers])
-        if self._images is None:
-            return batch
         store = self._images
+        if store is None:
+            return batch
         uses = [image for row in numbers for document in row for image in store.document(document)]
-        distinct = list(dict.fromkeys(uses))
-        place = {image: number for number, image in enumerate(distinct)}
-        pixels = [torch.from_numpy(store.pixels(image).view(np.int16).copy()) for image in distinct]
-        return replace(
-            batch,
-            images=tuple(image.view(torch.bfloat16) for image in pixels),
-            shown=tuple(place[image] for image in uses),
-        )
+        images, shown = load_images(store, uses)
+        return replace(batch, images=images, shown=shown)
+
+
+def load_images(
+    store: ImageStore, uses: Sequence[int]
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+    """The distinct images of a batch, BF16 on the CPU, and which of them stands where.
+
+    Args:
+        store: where their pixels are.
+        uses: their numbers in it, in the order of the tokens.
+    """
+    distinct = list(dict.fromkeys(uses))
+    place = {image: number for number, image in enumerate(distinct)}
+    pixels = [torch.from_numpy(store.pixels(image).view(np.int16).copy()) for image in distinct]
+    images = tuple(image.view(torch.bfloat16) for image in pixels)
+    return images, tuple(place[image] for image in uses)
 
 
 def loss_sum(model: Any, batch: Batch, chunk: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -32,6 +33,9 @@ from ms4.model.module import PackedLoss
 from ms4.plan import compare, total_steps
 from ms4.train import metrics, optim, state
 from ms4.train.batches import Batches
+
+if TYPE_CHECKING:  # it brings an image library, which text has no use for
+    from ms4.data.image_store import ImageStore
 
 BASE = Path("weights/base")
 ADAPTER = Path("results/adapter")
@@ -115,25 +119,28 @@ def _print_matches(matches: list[lora.Match], adapters: AdaptersSection) -> None
     print(f"{total:,} adapter parameters, held in {adapters.dtype}.")
 
 
+def open_images(made: dict[str, Any]) -> ImageStore | None:
+    """The images of the data that `preprocess` made, by its manifest; None if it holds none."""
+    if not any(entry["path"] == str(IMAGES) for entry in made["files"]):
+        return None
+    # It brings an image library, which text has no use for.
+    from ms4.data.image_store import ImageStore
+
+    return ImageStore(IMAGES)
+
+
 def run_stage(config: RunConfig) -> None:
     """Train, and write `results/adapter/` and `results/train.json`."""
     manifests = {stage: read_manifest(path, stage) for stage, path in INPUTS.items()}
     check_files(manifests["descale"], BASE)
     check_files(manifests["preprocess"], Path())
     data = load_packed(Path("data/packed/train.safetensors"))
-    made = {entry["path"] for entry in manifests["preprocess"]["files"]}
-    images = None
-    if str(IMAGES) in made:
-        # It brings an image library, which text has no use for.
-        from ms4.data.image_store import ImageStore
-
-        images = ImageStore(IMAGES)
     reader = Batches(
         data,
         config.train.micro_batch,
         config.train.accumulation,
         config.seed,
-        images=images,
+        images=open_images(manifests["preprocess"]),
         grouped=config.data.packing == "length_grouped",
     )
     steps = total_steps(config, data.bins)
