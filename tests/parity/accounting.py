@@ -4,8 +4,8 @@ The real training code runs on the meta device: every operation gives tensors of
 dtype and computes nothing. A dispatch mode sees each storage come, a weak reference sees it go.
 The way of CUDA is taken: BF16, variable-length attention by the shapes of torch's own kernel, whole
 slices of experts in memory that is held. The sizes that depend on numbers are those of the worst
-case: each row is one document, every position is trained, every expert has rows, of each slice
-as many as the others.
+case: each row is one document, every position is trained, all experts have rows and those of one
+slice as many as go at once.
 
 Not seen: what a kernel takes and gives back inside one call, and what the allocator loses.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Mistral3Config, Mistral4Config
 
-from ms4 import spec
+from ms4 import memory, spec
 from ms4.config import RunConfig
 from ms4.model import attention, checkpointing, lora, stores
 from ms4.model.build import EMBEDDING, empty_model
@@ -154,7 +155,19 @@ class Account:
         return max(self.peaks.values())
 
 
-def build(config: RunConfig, dims: spec.Dimensions) -> Any:
+Routing = Callable[[int, int], list[int]]
+"""Rows and number of experts → where each expert's rows end."""
+
+
+def worst(rows: int, experts: int) -> list[int]:
+    """The routing that takes the most memory."""
+    crowded = memory.EXPERT_SLICE
+    most = rows * memory.SLICE_SHARES * crowded // experts
+    few = [most + (rows - most) * (e + 1) // (experts - crowded) for e in range(experts - crowded)]
+    return [most * (e + 1) // crowded for e in range(crowded)] + few
+
+
+def build(config: RunConfig, dims: spec.Dimensions, routing: Routing = worst) -> Any:
     """The model with its adapters on the meta device, as the training stage makes it on CUDA."""
     text = Mistral4Config(num_hidden_layers=dims.layers).to_dict()
     text |= {"softmax_scale": dims.head**-0.5, "tie_word_embeddings": False}
@@ -167,7 +180,7 @@ def build(config: RunConfig, dims: spec.Dimensions) -> Any:
                 setattr(module, name, nn.Parameter(parameter.to(torch.bfloat16)))
     model.model.language_model.set_attn_implementation(attention.VARIABLE_LENGTH)
     routed = config.train.micro_batch * config.data.sequence_length * dims.experts_per_token
-    ends = [routed * (e + 1) // dims.experts for e in range(dims.experts)]
+    ends = routing(routed, dims.experts)
     for module in model.modules():
         if isinstance(getattr(module, "workspace", None), stores.Workspace):
             module.workspace.read = lambda offsets_E: ends
@@ -184,11 +197,13 @@ def full_batch(rows: int, length: int) -> Batch:
     return Batch.of(filled, positions, filled)
 
 
-def account(config: RunConfig, dims: spec.Dimensions) -> tuple[Account, Accountant]:
+def account(
+    config: RunConfig, dims: spec.Dimensions, routing: Routing = worst
+) -> tuple[Account, Accountant]:
     """Run one step of training and count."""
     rows, length = config.train.micro_batch, config.data.sequence_length
     nf4._tables(META)  # they stay, and are no part of a step
-    model = build(config, dims)
+    model = build(config, dims, routing)
     parameters = lora.trainable(model)
     counted = Accountant()
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
@@ -230,8 +245,10 @@ def account(config: RunConfig, dims: spec.Dimensions) -> tuple[Account, Accounta
     return Account(weights, adapters, peaks), counted
 
 
-def full_size(config: RunConfig, layers: tuple[int, int] = (2, 3)) -> Account:
+def full_size(
+    config: RunConfig, routing: Routing = worst, layers: tuple[int, int] = (2, 3)
+) -> Account:
     """The account of the published model, from two of few layers."""
     dims = spec.Dimensions()
-    few, many = (account(config, replace(dims, layers=n))[0] for n in layers)
+    few, many = (account(config, replace(dims, layers=n), routing)[0] for n in layers)
     return few.extrapolate(many, layers, dims.layers)

@@ -1,5 +1,7 @@
 """Packed experts with LoRA against the per-expert reference, forward and gradients."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -114,6 +116,36 @@ def test_odd_routings(device, kind, T, K, used):
     idle = sorted(set(range(6)) - set(used or range(6)))
     for gradient in found[3:]:
         assert not gradient[idle].any()
+
+
+@pytest.mark.parametrize("used", [[0], [0, 1, 2], [1, 4], None])
+@pytest.mark.parametrize("size", [1, 3, 6])
+def test_a_crowded_slice_goes_in_parts(device, monkeypatch, used, size):
+    """No more than twice the even share of rows at once, and the results are the same."""
+    torch.manual_seed(2)
+    monkeypatch.setattr(experts, "FEW_ROWS", 5)
+    parts, slices = [], experts._slices
+
+    def noted(*arguments):
+        for part in slices(*arguments):
+            parts.append((part.rows, int(part.offsets_E[-1])))
+            yield part
+
+    monkeypatch.setattr(experts, "_slices", noted)
+    T, K = 53, 1 if used == [0] else 2
+    module = Module(experts=size).to(device)
+    assert_as_the_reference(module, module.inputs(T, K, used))
+    most = math.ceil(2 * T * K * size / 6)
+    forward = parts[: len(parts) // 2]
+    assert forward == parts[len(parts) // 2 :], "forward and backward pass"
+    assert [begin for rows, _ in forward for begin in (rows.start,)] == [
+        0,
+        *(rows.stop for rows, _ in forward[:-1]),
+    ]
+    assert forward[-1][0].stop == T * K
+    for rows, end in forward:
+        assert 0 < end == rows.stop - rows.start <= most
+    assert used != [0] or len(forward) == math.ceil(T / most)
 
 
 def test_no_tokens():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ms4 import config, memory, spec
-from ms4.model import stores, vision
-from tests.parity.accounting import META, Accountant, account, build, full_size
+from ms4.model import experts, stores, vision
+from tests.parity.accounting import META, Accountant, account, build, full_size, worst
 
 FULL = spec.Dimensions()
 GIB = 2**30
@@ -29,8 +29,8 @@ def settings(length, targets, policy, *, adapters=None, data=None, model=None, *
     )
 
 
-def agree(run):
-    counted = full_size(run)
+def agree(run, routing=worst):
+    counted = full_size(run, routing)
     planned = memory.plan(run, FULL, "cuda")
     # What no counting of tensors shows is left out: the process, and the margin for fragmentation.
     assert planned.tensors == pytest.approx(counted.peak, rel=0.03)
@@ -54,6 +54,18 @@ def cases():
 @pytest.mark.parametrize(("length", "targets", "policy"), cases())
 def test_plan_and_account_agree(length, targets, policy):
     agree(settings(length, targets, policy))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", [1, 4, 40, 128], ids=lambda n: f"{n} experts")
+def test_any_routing_stays_within_the_plan(chosen):
+    """All tokens choose from so many experts."""
+
+    def routing(rows, experts):
+        return [rows * min(e + 1, chosen) // chosen for e in range(experts)]
+
+    counted, planned = agree(settings(8192, "dense", "full"), routing)
+    assert counted.peak <= planned.peak
 
 
 OTHERS = {
@@ -178,4 +190,5 @@ def test_the_account_sees_what_comes_and_goes():
 
 def test_slices_are_those_of_the_code():
     assert stores.Workspace.on(META).experts == memory.EXPERT_SLICE
+    assert (experts.SHARES, experts.FEW_ROWS) == (memory.SLICE_SHARES, memory.SLICE_ROWS)
     assert stores.CPU_BYTES == memory.CPU_SLICE_BYTES

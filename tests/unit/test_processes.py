@@ -75,8 +75,11 @@ def test_killed_while_it_answers() -> None:
 
 
 def test_ended_while_they_work() -> None:
+    before = {child.pid for child in psutil.Process().children()}
     with Processes(2, time.sleep) as pool:
         futures = [pool.submit(600) for _ in range(4)]
         wait_for(lambda: futures[0].running(), "the first call")
+        started = [child.pid for child in psutil.Process().children() if child.pid not in before]
+        assert len(started) == 2
     assert all(future.done() for future in futures)
-    assert not psutil.Process().children()
+    assert not any(psutil.pid_exists(process) for process in started)

@@ -30,6 +30,8 @@ ABSMAX_BLOCK = 256
 """Absmax codes that share one FP32 scale."""
 EXPERT_SLICE = 16
 """Experts that are dequantized at once on CUDA."""
+SLICE_SHARES, SLICE_ROWS = 2, 1024
+"""Rows that a slice takes at once, at most: so many times its even share, and so many anyway."""
 CPU_SLICE_BYTES = 4 << 20
 """The same on a CPU: what stays in its cache, but an expert at least."""
 OPTIMIZER_BLOCK = 256
@@ -286,14 +288,16 @@ def layer_kept(config: RunConfig, dims: spec.Dimensions, tokens: int, width: int
 def layer_transient(config: RunConfig, dims: spec.Dimensions, tokens: int, kind: DeviceKind) -> int:
     """What lives beside that while the routed experts of a layer are in their backward pass.
 
-    T·b·(2H gradients of the layer + K·H of the experts' inputs), and of the rows of one slice,
-    the share f of T·K: f·T·K·b·(H gradient + 2I of gate and up + 4I SiLU, product and gradients).
+    T·b·(2H gradients of the layer + K·H of the experts' inputs), and of the n rows that a slice
+    takes at once: n·b·(H gradient + 2I of gate and up + 4I SiLU, product and gradients). Their
+    number is that of the worst routing, `SLICE_SHARES` times a slice's share of T·K.
     With adapters, the slice's share of them cast, and the gradients of one projection.
     """
     width, K = COMPUTE_BYTES[kind], dims.experts_per_token
     share = slice_experts(dims, kind) / dims.experts
-    rows = share * K * (dims.hidden + 6 * dims.expert_width)
-    moving = tokens * width * (2 * dims.hidden + K * dims.hidden + rows)
+    rows = min(tokens * K, max(SLICE_ROWS, math.ceil(SLICE_SHARES * share * tokens * K)))
+    moving: float = rows * width * (dims.hidden + 6 * dims.expert_width)
+    moving += tokens * width * (2 * dims.hidden + K * dims.hidden)
     if config.method == "lora" and "experts" in config.adapters.presets:
         rank = config.adapters.rank_of("experts")
         moving += 2 * share * width * adapter_parameters(dims, "experts", rank) / dims.layers

@@ -38,6 +38,12 @@ SELECT_SHARE = 0.7
 weights are gathered first. In NF4 that moves half a byte a weight in and out, and dequantizing half
 a byte in and two out: n of N experts take 3.5·n with gathering and 2.5·N without, the same at 0.71.
 With 128 experts and four a token that share is passed at about 40 tokens: it is for generation."""
+SHARES = 2
+"""Rows of a slice that are multiplied at once, at most: so many times what even routing brings to
+one. More go in several turns, each of which dequantizes the slice again: at most half as many turns
+more, and memory that is known whatever the router does."""
+FEW_ROWS = 1024
+"""Rows that go at once in any case."""
 
 
 class ExpertLora(nn.Module):
@@ -56,7 +62,7 @@ class ExpertLora(nn.Module):
 
 @dataclass(frozen=True)
 class _Slice:
-    """Some experts and the rows that come to them."""
+    """Some experts and the rows that come to them, or a part of those rows."""
 
     which: Which
     rows: slice
@@ -70,8 +76,8 @@ def _slices(
     projections: tuple[_Projection, _Projection],
     like: torch.Tensor,
 ) -> Iterator[_Slice]:
-    """The slices that have rows; experts without any at either end of a slice are left out, and
-    where they are many, all of them.
+    """The slices that have rows, one with too many in parts; experts without any at either end of
+    a slice are left out, and where they are many, all of them.
 
     Args:
         offsets_E: where each expert's rows end, on the device of the rows.
@@ -82,16 +88,25 @@ def _slices(
     largest = max(p.store.shape[1] * p.store.shape[2] for p in projections)
     size = projections[0].workspace.size(largest, like.dtype)
     starts = [0, *ends[:-1]]
+    most = most_rows(ends[-1], size, len(ends))
     for low in range(0, len(ends), size):
-        used = [e for e in range(low, min(low + size, len(ends))) if ends[e] > starts[e]]
-        if not used:
-            continue
-        first, last = used[0], used[-1] + 1
-        which: Which = slice(first, last)
-        if len(used) <= SELECT_SHARE * (last - first):
-            which = torch.tensor(used, device=like.device)
-        offsets = offsets_E[which] - starts[first]
-        yield _Slice(which, slice(starts[first], ends[last - 1]), offsets.to(torch.int32))
+        high = min(low + size, len(ends))
+        rows = ends[high - 1] - starts[low]
+        parts = math.ceil(rows / most)
+        for part in range(parts):
+            begin, end = (starts[low] + rows * n // parts for n in (part, part + 1))
+            used = [e for e in range(low, high) if min(ends[e], end) > max(starts[e], begin)]
+            first, last = used[0], used[-1] + 1
+            which: Which = slice(first, last)
+            if len(used) <= SELECT_SHARE * (last - first):
+                which = torch.tensor(used, device=like.device)
+            offsets = (offsets_E[which] - begin).clamp_(max=end - begin)
+            yield _Slice(which, slice(begin, end), offsets.to(torch.int32))
+
+
+def most_rows(rows: int, size: int, experts: int) -> int:
+    """Rows that a slice of `size` of the experts takes at once, of so many that are routed."""
+    return max(FEW_ROWS, math.ceil(SHARES * rows * size / experts))
 
 
 @dataclass(frozen=True)
@@ -155,7 +170,7 @@ class _Projection:
 
 
 class _Gradients:
-    """Of the factors of one projection, filled slice by slice; of idle experts they are zero."""
+    """Of the factors of one projection, added up slice by slice; of idle experts they are zero."""
 
     def __init__(self, factors: Factors, wanted: bool) -> None:
         self.A, self.B = (
@@ -174,8 +189,8 @@ class _Gradients:
         if self.A is None or self.B is None:
             return
         rank = self.A.shape[1]
-        self.A[part.which] = outer(thin_g_SR, x_SI, part.offsets_E)[:, :rank].to(self.A.dtype)
-        self.B[part.which] = outer(g_SO, thin_SR, part.offsets_E)[..., :rank].to(self.B.dtype)
+        self.A[part.which] += outer(thin_g_SR, x_SI, part.offsets_E)[:, :rank].to(self.A.dtype)
+        self.B[part.which] += outer(g_SO, thin_SR, part.offsets_E)[..., :rank].to(self.B.dtype)
 
 
 class _Experts(torch.autograd.Function):
