@@ -439,6 +439,9 @@ def test_answer_with_a_file_settings_and_a_budget(tmp_path, monkeypatch, capsys)
     assert found["estimates"][0]["hours"] == pytest.approx(5 * 4 * 2048 / speed / 3600, abs=0.01)
     assert cli.main([*arguments[:-1], "--budget", "70"]) == 0
     assert "any one of these makes it fit" in capsys.readouterr().out
+    assert cli.main(["plan", "--config", "run.yaml"]) == 0
+    assert "Device: a GPU" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def _verify_arguments(command: argparse.ArgumentParser) -> None:
 def _plan_arguments(command: argparse.ArgumentParser) -> None:
     command.description = (
         "In a project: the stage, which measures this machine and writes results/plan.json. With "
-        "--set, --budget or --json, or where there is no project: what a run would take on a GPU "
+        "--set, --budget or --json, or in another directory: what a run would take on a GPU "
         "(run.device=cpu: on a CPU), from the file that --config names or else for the full-size "
         "model with the defaults; no data and no weights are needed, and nothing is written. "
         "Throughput, hours and kWh are estimates from published ceilings."
@@ -213,7 +213,7 @@ def _run_alone(arguments: argparse.Namespace) -> bool:
 def _plan_alone(arguments: argparse.Namespace) -> bool:
     """Answer `ms4 plan`, unless it is the stage of a project."""
     asked = arguments.set or arguments.budget is not None or arguments.json
-    if not asked and (arguments.config is not None or CONFIG.is_file()):
+    if not asked and CONFIG.is_file():
         return False
     importlib.import_module("ms4.plan").answer(
         arguments.config, arguments.set, arguments.budget, arguments.json
