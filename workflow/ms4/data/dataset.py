@@ -258,7 +258,7 @@ class _Reader:
         if sample is None or refused:
             tally.refuse(outcome, place)
             # A fault of a whole file stops in any case: no one chose to leave that out.
-            stops = outcome.fault and (self._data.faulty == "error" or outcome.records == 0)
+            stops = outcome.fault and (self._data.faulty == "error" or outcome.of_file)
             into = self._faults if stops else self._left_out
             into.add(source.name, outcome.line, refused)
             return

@@ -110,6 +110,8 @@ class Outcome:
     too_long: int = 0
     """Its tokens, if it was refused for their number."""
     records: int = 1
+    of_file: bool = False
+    """The fault is the file's, and not that of a record which could be left out."""
 
 
 @dataclass
@@ -155,7 +157,9 @@ class Preparer:
             except SampleDropped as reason:
                 outcome = Outcome(row.line, refused=str(reason), fault=False)
             except SampleFault as fault:
-                outcome = Outcome(row.line, refused=str(fault), records=row.records)
+                outcome = Outcome(
+                    row.line, refused=str(fault), records=row.records, of_file=row.ends
+                )
             result.outcomes.append(outcome)
         return result
 
@@ -416,4 +420,4 @@ def _checked(batches: Iterator[Batch], reading: Reading) -> Iterator[Batch]:
     if missing and records:
         names = ", ".join(f"`{reading.fields[name]}` ({name})" for name in missing)
         fault = f"no record has {names}, which data.fields names; correct the name or remove it"
-        yield Batch([Outcome(None, refused=fault, records=0)])
+        yield Batch([Outcome(None, refused=fault, records=0, of_file=True)])

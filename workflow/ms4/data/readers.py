@@ -43,6 +43,8 @@ class Row:
     """Why it is none, and what to do."""
     records: int = 1
     """How many records it stands for: 0 for a fault of a file, several for a damaged stretch."""
+    ends: bool = False
+    """A fault of the file: the reading of it ends here, with records lost perhaps."""
 
 
 def parse_row(row: Row, changed: Counter[str] | None = None) -> Any:
@@ -93,7 +95,7 @@ def read_rows(
 
 
 def _of_file(fault: str) -> Row:
-    return Row(None, None, fault, records=0)
+    return Row(None, None, fault, records=0, ends=True)
 
 
 def _file_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Row]:
@@ -188,7 +190,7 @@ def _text_rows(stream: IO[bytes], suffix: str) -> Iterator[Row]:
             line = row.line or line
             yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield Row(line + 1, None, f"{_INTERRUPTED} ({error})")
+        yield Row(line + 1, None, f"{_INTERRUPTED} ({error})", records=0, ends=True)
 
 
 def _is_stream_of_values(head: bytes, suffix: str) -> bool:
@@ -221,7 +223,7 @@ def _value_rows(stream: IO[bytes]) -> Iterator[Row]:
     except Unfinished:
         yield _of_file("ends before its list does: it may be cut off; copy it again, or add `]`")
     except SampleFault as fault:
-        yield Row(None, None, str(fault))
+        yield _of_file(str(fault))
 
 
 def _plain_rows(stream: IO[bytes]) -> Iterator[Row]:
@@ -251,7 +253,10 @@ def _table_rows(stream: IO[bytes], delimiter: str) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Row(line, None, f"not a row of the table ({error}); correct its quotes")
+            # A quote that nothing closes takes all that follows with it.
+            ends = "end of data" in str(error)
+            fault = f"not a row of the table ({error}); correct its quotes"
+            yield Row(line, None, fault, records=0 if ends else 1, ends=ends)
             continue
         if not cells:
             continue
