@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import zstandard
 
 from ms4.data.dataset import run_stage
 from ms4.errors import Ms4Error
-from tests.unit.projects import configure, fetch
+from tests.unit.projects import configure, fetch, result, sample, write
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +88,45 @@ def test_a_file_that_cannot_be_read_to_its_end_always_stops(
         run_stage(configure(train=[name], faulty="drop"))
     assert str(caught.value).count("\n") <= 2
     assert not Path("results/data.json").exists()
+
+
+# Names that are not UTF-8, and terminals that know ASCII alone.
+
+ODD = os.fsdecode(b"b\xff\xe9.jsonl")
+ASCII = {
+    "LC_ALL": "C",
+    "PYTHONIOENCODING": "ascii",
+    "PYTHONUTF8": "0",
+    "PYTHONCOERCECLOCALE": "0",
+}
+STRICT = {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8:strict"}
+
+
+def ms4(tekken: Path, variables: dict[str, str], *arguments: str) -> str:
+    """What `ms4 data` prints."""
+    command = [sys.executable, "-m", "ms4", "data", "--tokenizer", str(tekken), *arguments]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, check=True)
+    assert done.stderr == b""
+    return done.stdout.decode("ascii" if variables is ASCII else "utf-8")
+
+
+@pytest.mark.parametrize("variables", [ASCII, STRICT])
+def test_any_name_on_any_terminal(variables: dict[str, str], small_tekken: Path) -> None:
+    for name in (ODD, "ü.jsonl"):
+        write(name, sample("a", "ä😀"), "nonsense\n")
+    out = ms4(small_tekken, variables, "*.jsonl")
+    assert "b\\udcff\\udce9.jsonl:2: not valid JSON" in out
+    lines = Path("ms4-data-faults.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["not valid JSON"] * 2
+    found = json.loads(ms4(small_tekken, variables, "--json", "*.jsonl"))
+    assert ODD in found["files"]
+    assert found["samples"] == 2
+    assert "sample 1, b\\udcff" in ms4(small_tekken, variables, "--show", "1", "*.jsonl")
+
+
+def test_preprocess_takes_any_name() -> None:
+    write(ODD, sample("a", "b"))
+    run_stage(configure(train=["b*.jsonl"], holdout=0))
+    assert list(result()["train"]["formats"]) == [ODD]
+    assert ODD in result()["inputs"]
+    run_stage(configure(train=[ODD], holdout=0))

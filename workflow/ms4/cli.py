@@ -20,7 +20,7 @@ from typing import TextIO
 
 import ms4
 from ms4 import completion, config, lock, settings
-from ms4.errors import Ms4Error, printable
+from ms4.errors import Ms4Error, printable, write_anything
 
 CONFIG = Path("config/config.yaml")
 """A project's configuration file."""
@@ -359,6 +359,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    write_anything(sys.stdout, sys.stderr)
     arguments = build_parser().parse_args(argv)
     try:
         match arguments.command:

@@ -52,7 +52,7 @@ from ms4.data.render import render_example as render_example
 from ms4.data.sources import Source, expand
 from ms4.data.tables import pinned
 from ms4.data.tally import Tally
-from ms4.errors import Ms4Error
+from ms4.errors import Ms4Error, printable
 
 SOURCE = Path("weights/source.json")
 TRAIN = Path("data/packed/train.safetensors")
@@ -322,9 +322,9 @@ def _print_statement(
         f"{counts['samples']:,} {effort}" for effort, counts in train["by_effort"].items()
     )
     share = train["trained_tokens"] / train["tokens"]
-    lines = [f"{name}: {format}" for name, format in training.formats.items()]
+    lines = [f"{printable(name)}: {format}" for name, format in training.formats.items()]
     lines += [
-        f"{name}: nothing is made of {', '.join(f'`{key}`' for key in keys)}"
+        printable(f"{name}: nothing is made of {', '.join(f'`{key}`' for key in keys)}")
         for name, keys in training.unused.items()
     ]
     lines.append(
@@ -350,7 +350,7 @@ def _print_statement(
     if training.first is not None:
         place, sample = training.first
         lines.append(
-            f"what the model sees of {place}, with ⟦what is trained⟧:\n"
+            f"what the model sees of {printable(place)}, with ⟦what is trained⟧:\n"
             f"{render_example(chat, sample.encoded)}"
         )
     print("\n".join(lines), flush=True)

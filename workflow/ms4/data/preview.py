@@ -6,7 +6,6 @@ mistral-common ships, which is the model's.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from ms4.data.sources import Source, expand
 from ms4.data.tally import Tally
 from ms4.data.tekken import write_tekken
 from ms4.device import GPUS
-from ms4.errors import Ms4Error, printable
+from ms4.errors import Ms4Error, print_json, printable
 from ms4.plan import total_steps
 
 ALONE_FAULTS = Path("ms4-data-faults.txt")
@@ -234,7 +233,7 @@ def run(
                 "place": shown[0],
                 "text": render_whole(chat, shown[1].encoded, colour=False),
             }
-        print(json.dumps(tree, indent=2, ensure_ascii=False))
+        print_json(tree)
     else:
         print("\n".join(_report(config, found, costs)))
     return 0 if found.tally.samples else 2

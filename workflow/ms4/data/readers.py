@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import itertools
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ _COMPRESSED = {".gz", ".zst", ".zstd"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _TEXT_SUFFIXES = {".txt", ".md", ".text"}
 _TABLES = {".csv": ",", ".tsv": "\t"}
+_LOCALE = sys.getfilesystemencoding()
 _INTERRUPTED = "the compressed data ends or is damaged here: what follows is lost; copy it again"
 
 
@@ -87,6 +89,8 @@ def read_rows(
         yield _of_file("no such file; correct its name (in a project: data.train or data.test)")
     except IsADirectoryError:
         yield _of_file("a directory; name the files in it, by a pattern perhaps")
+    except UnicodeEncodeError:
+        yield _of_file(f"a name that this locale ({_LOCALE}) cannot write; set LC_ALL=C.UTF-8")
     except OSError as error:
         yield _of_file(f"cannot be read ({error.strerror or error}); correct it")
     else:
