@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from ms4 import cli
 from ms4.data.dataset import run_stage
 from ms4.errors import Ms4Error
 from tests.unit.projects import configure, fetch, result, sample, write
@@ -130,3 +133,30 @@ def test_preprocess_takes_any_name() -> None:
     assert list(result()["train"]["formats"]) == [ODD]
     assert ODD in result()["inputs"]
     run_stage(configure(train=[ODD], holdout=0))
+
+
+# What is no file.
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (os.mkfifo, "a pipe, which cannot be read twice; write its content to a file"),
+        (_socket, "a socket, which cannot be read twice; write its content to a file"),
+        (lambda path: path.symlink_to("/dev/zero"), "a device, which cannot be read twice; write"),
+        (Path.mkdir, "a directory; name the files in it, by a pattern perhaps"),
+        (lambda path: path.symlink_to(path), "cannot be read (Too many levels of symbolic links)"),
+    ],
+)
+def test_what_is_no_file_is_not_read(make: Callable[[Path], object], what: str) -> None:
+    make(Path("a.jsonl"))
+    for faulty in ("error", "drop"):
+        with pytest.raises(Ms4Error, match=re.escape(f"has a fault:\n  a.jsonl: {what}")):
+            run_stage(configure(train=["a.jsonl"], faulty=faulty))
+    assert cli.main(["data", "--tokenizer", "a.jsonl", "a.jsonl"]) == 2

@@ -115,6 +115,8 @@ def tokenizer(path: Path | None, config: RunConfig) -> Chat:
     """
     largest = config.data.images.max_size
     if path is not None:
+        if path.exists() and not path.is_file():  # a pipe might never be written to
+            raise Ms4Error(f"{path}: not a file; name a tekken.json.")
         return Chat(path, largest)
     if SOURCE.is_file():
         return load_chat(config.data)

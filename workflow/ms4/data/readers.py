@@ -11,6 +11,7 @@ import csv
 import gzip
 import io
 import itertools
+import stat
 import sys
 import zlib
 from collections import Counter
@@ -30,6 +31,7 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _TEXT_SUFFIXES = {".txt", ".md", ".text"}
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _LOCALE = sys.getfilesystemencoding()
+_NO_FILES = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 _INTERRUPTED = "the compressed data ends or is damaged here: what follows is lost; copy it again"
 
 
@@ -106,6 +108,12 @@ def _file_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Row]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] in _COMPRESSED
     suffix = (suffixes[-2:-1] if packed else suffixes[-1:] or [""]) or [""]
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        # Not opened: a pipe may never be written to, and a device never ends.
+        what = next((name for test, name in _NO_FILES if test(mode)), "a device")
+        yield _of_file(f"{what}, which cannot be read twice; write its content to a file")
+        return
     with path.open("rb") as file:
         head = file.read(8)
         file.seek(0)
