@@ -160,3 +160,32 @@ def test_what_is_no_file_is_not_read(make: Callable[[Path], object], what: str) 
         with pytest.raises(Ms4Error, match=re.escape(f"has a fault:\n  a.jsonl: {what}")):
             run_stage(configure(train=["a.jsonl"], faulty=faulty))
     assert cli.main(["data", "--tokenizer", "a.jsonl", "a.jsonl"]) == 2
+
+
+# What would take quadratic time: each of these took hours.
+
+MANY = 1 << 20
+NESTED = "line 1: more than 10,000 brackets inside one another"
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("name", "text", "fault"),
+    [
+        ("a.json", "[" * MANY, NESTED),
+        ("a.json", "[" * MANY + "]" * MANY, NESTED),
+        ("a.json", "[" + '{"a":' * MANY, NESTED),
+        ("a.json", "[" + ("[" * 9_998 + "}" * MANY), "ends before its list does"),
+        ("a.jsonl", '{"a":' * MANY, "JSON nested too deeply"),
+        ("a.jsonl", json.dumps({f"k{n}": 1 for n in range(200_000)})[:-1] + ', "k199999": 2}',
+         "the key 'k199999' stands twice"),
+        ("a.jsonl", '{"a": ' + "1" * MANY + "}", "not readable as JSON: a number of more than"),
+        ("a.json", '[{"a": "' + "\\" * MANY + '1"}]', "no `messages`"),
+        ("a.json", "[" + "\n" * MANY + "{}]", "no `messages`"),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_hostile_json_takes_linear_time(name: str, text: str, fault: str) -> None:
+    Path(name).write_text(text)
+    with pytest.raises(Ms4Error, match=re.escape(fault)):
+        run_stage(configure(train=[name]))
