@@ -189,3 +189,37 @@ def test_hostile_json_takes_linear_time(name: str, text: str, fault: str) -> Non
     Path(name).write_text(text)
     with pytest.raises(Ms4Error, match=re.escape(fault)):
         run_stage(configure(train=[name]))
+
+
+# Files that are named twice, and what `ms4 data` wrote itself.
+
+
+def test_the_list_of_faults_is_no_data(capsys: pytest.CaptureFixture[str]) -> None:
+    write("a.jsonl", sample("a", "b"))
+    write("ms4-data-faults.txt", "a.jsonl:7: not valid JSON\n")
+    tokenizer = json.loads(Path("weights/source.json").read_text())["directory"] + "/tekken.json"
+    names = ["a.jsonl", "ms4-data-faults.txt"]
+    for files in (names, ["*[lt]"]):
+        assert cli.main(["data", "--json", "--tokenizer", tokenizer, *files]) == 0
+        assert list(json.loads(capsys.readouterr().out)["files"]) == ["a.jsonl"]
+    assert cli.main(["data", "--tokenizer", tokenizer, "./ms4-data-faults.txt"]) == 2
+    assert "is what this command wrote; name data files" in capsys.readouterr().err
+    write("ms4-data-faults.txt", "a.jsonl:7: not valid JSON\n")
+    with pytest.raises(Ms4Error, match=r"ms4-data-faults.txt: what `ms4 data` wrote about data"):
+        run_stage(configure(train=names))
+
+
+def test_a_file_that_is_named_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    write("a.jsonl", sample("a", "b"))
+    Path("b.jsonl").symlink_to("a.jsonl")
+    train = ["a.jsonl", "a*", "b.jsonl"]
+    lines = [
+        "a.jsonl: named 2 times (a.jsonl, a*); taken once",
+        "a.jsonl and b.jsonl are one file: its samples are taken 2 times",
+    ]
+    run_stage(configure(train=train, holdout=0))
+    out = capsys.readouterr().out
+    tokenizer = json.loads(Path("weights/source.json").read_text())["directory"] + "/tekken.json"
+    assert cli.main(["data", "--tokenizer", tokenizer, *train]) == 0
+    assert "\n".join(lines) in out
+    assert "\n".join(lines) in capsys.readouterr().out

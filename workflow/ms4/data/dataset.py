@@ -49,7 +49,7 @@ from ms4.data.reasoning import check_order
 from ms4.data.render import EXAMPLE_CHARACTERS as EXAMPLE_CHARACTERS
 from ms4.data.render import count
 from ms4.data.render import render_example as render_example
-from ms4.data.sources import Source, expand
+from ms4.data.sources import Source, expand, repeated
 from ms4.data.tables import pinned
 from ms4.data.tally import Tally
 from ms4.errors import Ms4Error, printable
@@ -327,6 +327,7 @@ def _print_statement(
         printable(f"{name}: nothing is made of {', '.join(f'`{key}`' for key in keys)}")
         for name, keys in training.unused.items()
     ]
+    lines += map(printable, repeated(data.train))
     lines.append(
         f"training data: {count(train['samples'], 'sample')} ({efforts}), "
         f"{train['tokens']:,} tokens, {share:.1%} of them trained"

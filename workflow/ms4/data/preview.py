@@ -30,14 +30,14 @@ from ms4.data.packing import pack
 from ms4.data.prepare import Recipe, Sample, documents, read_files, started
 from ms4.data.progress import ByteProgress
 from ms4.data.render import count, render_whole
-from ms4.data.sources import Source, expand
+from ms4.data.sources import FAULTS_FILE, Source, expand, repeated
 from ms4.data.tally import Tally
 from ms4.data.tekken import write_tekken
 from ms4.device import GPUS
 from ms4.errors import Ms4Error, print_json, printable
 from ms4.plan import total_steps
 
-ALONE_FAULTS = Path("ms4-data-faults.txt")
+ALONE_FAULTS = Path(FAULTS_FILE)
 """Where all faults stand, outside a project."""
 
 
@@ -217,6 +217,10 @@ def run(
     Raises:
         Ms4Error: a setting or the tokenizer is wrong, or there is no such sample to show.
     """
+    # A shell's `*` names the list of faults too, which is no data.
+    files = [name for name in files if Path(name).name != FAULTS_FILE]
+    if not files:
+        raise Ms4Error(f"{FAULTS_FILE} is what this command wrote; name data files.")
     config = read_settings(files, config_file, overrides, effort)
     if show is not None and show < 1:
         raise Ms4Error(f"--show {show}: samples are numbered from 1.")
@@ -309,6 +313,7 @@ def _tree(config: RunConfig, found: Survey, costs: _Costs) -> dict[str, Any]:
             "p95": int(np.percentile(lengths, 95)) if len(lengths) else 0,
             "longest": int(lengths.max(initial=0)),
         },
+        "repeated": repeated(config.data.train),
         "packing": {
             "sequence_length": length,
             "sequences": len(found.filled),
@@ -332,6 +337,7 @@ def _report(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
         if file.unused:
             keys = ", ".join(f"`{printable(key)}`" for key in sorted(file.unused))
             lines.append(f"  nothing is made of {keys}")
+    lines += map(printable, repeated(config.data.train))
     lines.append(
         f"{count(tally.records, 'record')}: {count(tally.samples, 'sample')}, "
         f"{tally.dropped:,} dropped"

@@ -23,7 +23,7 @@ from typing import IO, Any, cast
 from ms4.data.faults import SampleFault
 from ms4.data.json_stream import MAX_RECORD, Unfinished, split_values
 from ms4.data.json_text import parse_json
-from ms4.data.sources import Source
+from ms4.data.sources import FAULTS_FILE, Source
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _COMPRESSED = {".gz", ".zst", ".zstd"}
@@ -108,6 +108,9 @@ def _file_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Row]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] in _COMPRESSED
     suffix = (suffixes[-2:-1] if packed else suffixes[-1:] or [""]) or [""]
+    if path.name == FAULTS_FILE:
+        yield _of_file("what `ms4 data` wrote about data, and no data; remove it from the files")
+        return
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         # Not opened: a pipe may never be written to, and a device never ends.
