@@ -24,7 +24,7 @@ from ms4.data import split
 from ms4.data.chat import Chat
 from ms4.data.conversation import Conversation
 from ms4.data.faults import Faults, SampleFault
-from ms4.data.formats import NAMES, Reading, to_conversation
+from ms4.data.formats import NAMES, Reading, in_its_names, to_conversation
 from ms4.data.image_store import ImageStoreWriter
 from ms4.data.normalized import WORDS
 from ms4.data.packed import PackedData as PackedData
@@ -45,7 +45,7 @@ from ms4.data.prepare import (
 )
 from ms4.data.progress import ByteProgress
 from ms4.data.readers import parse_row
-from ms4.data.reasoning import check_order
+from ms4.data.reasoning import OTHER_TAGS, check_order
 from ms4.data.render import EXAMPLE_CHARACTERS as EXAMPLE_CHARACTERS
 from ms4.data.render import count
 from ms4.data.render import render_example as render_example
@@ -126,7 +126,7 @@ def _read_held_out(
                     conversation = to_conversation(parse_row(row), reading)
                     held_out.add(chat, name, source.name, row.line or 0, conversation)
                 except SampleFault as fault:
-                    faults.add(source.name, row.line, str(fault))
+                    faults.add(source.name, row.line, in_its_names(str(fault), reading))
 
 
 def _test_samples(chat: Chat, name: str, line: int, conversation: Conversation) -> list[TestSample]:
@@ -372,6 +372,12 @@ def statements(tally: Tally, length: int) -> list[str]:
     ]
     for note, number in sorted(tally.notes.items()):
         case, policy = note.split()
+        if note == OTHER_TAGS:
+            lines.append(
+                f"thinking by other tags ({count(number, 'sample')}): only `<think>` and `[THINK]` "
+                "mean thinking; the likes of `<thinking>` are trained as text"
+            )
+            continue
         did = "taken as they are" if policy == "warn" else "mended"
         lines.append(f"thinking, data.thinking.{case}: {count(number, 'case')} {did}")
     lines += [
@@ -383,7 +389,7 @@ def statements(tally: Tally, length: int) -> list[str]:
 
 def image_tokens(tally: Tally) -> str:
     """How many tokens the images take, and what their cap saves."""
-    text = f"{count(tally.images, 'image')} of {count(tally.image_tokens, 'token')}"
+    text = f"{count(tally.images, 'image')}, {count(tally.image_tokens, 'token')} in all"
     if tally.image_tokens_uncapped > tally.image_tokens:
         text += f" ({tally.image_tokens_uncapped:,} if data.images.max_size did not cap them)"
     return text

@@ -144,6 +144,10 @@ class Preparer:
     def batch(self, rows: list[Row], reading: Reading, source: Source) -> Batch:
         """The outcomes of these rows."""
         result = Batch([])
+
+        def told(why: Exception) -> str:
+            return formats.in_its_names(str(why), reading)
+
         for row in rows:
             try:
                 changed: Counter[str] = Counter()
@@ -155,10 +159,10 @@ class Preparer:
                 if outcome.sample is not None:
                     outcome.sample.encoded.changed.update(changed)
             except SampleDropped as reason:
-                outcome = Outcome(row.line, refused=str(reason), fault=False)
+                outcome = Outcome(row.line, refused=told(reason), fault=False)
             except SampleFault as fault:
                 outcome = Outcome(
-                    row.line, refused=str(fault), records=row.records, of_file=row.ends
+                    row.line, refused=told(fault), records=row.records, of_file=row.ends
                 )
             result.outcomes.append(outcome)
         return result
@@ -171,7 +175,8 @@ class Preparer:
         if conversation.images:
             if not self._recipe.with_images:
                 raise SampleFault(
-                    "holds images, and data.modality is `text`; remove the sample or its images"
+                    "holds images, and data.modality is `text`; set it to `text_vision`, or remove "
+                    "the sample or its images"
                 )
             conversation = images.resolve(conversation, source.path, self._recipe.image_rules)
         encoded = self._chat.encode(conversation, settled.effort, self._recipe.masking)

@@ -145,7 +145,7 @@ def survey(
     local = [source.path for source in sources if source.hub is None]
     size = sum(path.stat().st_size for path in local if path.is_file())
     workers = config.run.threads or len(os.sched_getaffinity(0))
-    recipe = Recipe(config.data, with_images=True)
+    recipe = Recipe(config.data, with_images=config.data.modality == "text_vision")
     with (
         started(chat, recipe, workers, size) as pool,
         _progress(size, on_bytes) as advance,
@@ -192,7 +192,8 @@ def find_sample(
         Ms4Error: there are not so many.
     """
     seen = 0
-    with started(chat, Recipe(config.data, with_images=True), 1, 0) as pool:
+    recipe = Recipe(config.data, with_images=config.data.modality == "text_vision")
+    with started(chat, recipe, 1, 0) as pool:
         for result in read_files(sources, pool, config.data):
             for batch in result.batches:
                 for outcome in batch.outcomes:
@@ -356,7 +357,6 @@ def _report(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
 def _content(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
     tally, length = found.tally, config.data.sequence_length
     lengths = tally.sample_lengths
-    with_images = config.data.modality == "text_vision"
     lines = [
         f"{count(tally.turns, 'turn')} of the assistant, {count(tally.tokens, 'token')}, "
         f"{tally.trained_tokens:,} of them trained ({tally.trained_tokens / tally.tokens:.1%})"
@@ -368,8 +368,7 @@ def _content(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
         if counts["samples"]
     ]
     if tally.images:
-        text = "" if with_images else ", which training takes under data.modality `text_vision`"
-        lines.append(f"{image_tokens(tally)}{text}")
+        lines.append(image_tokens(tally))
     lines += [
         "",
         f"tokens of a sample: half have at most {int(np.median(lengths)):,}, "
