@@ -223,3 +223,45 @@ def test_a_file_that_is_named_twice(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "--tokenizer", tokenizer, *train]) == 0
     assert "\n".join(lines) in out
     assert "\n".join(lines) in capsys.readouterr().out
+
+
+def test_a_pattern_that_matches_nothing() -> None:
+    with pytest.raises(Ms4Error, match=r"sets/\*.jsonl: a pattern that no file matches; correct"):
+        run_stage(configure(train=["sets/*.jsonl"]))
+
+
+# What a stage that fails leaves.
+
+
+def test_a_stage_that_fails_leaves_no_result_of_other_data() -> None:
+    write("train.jsonl", sample("a", "b"))
+    run_stage(configure())
+    assert Path("results/data.json").is_file()
+    write("train.jsonl", "nonsense\n")
+    with pytest.raises(Ms4Error, match="not valid JSON"):
+        run_stage(configure())
+    assert not Path("results/data.json").exists()
+
+
+def test_a_directory_that_cannot_be_written() -> None:
+    write("train.jsonl", sample("a", "b"))
+    write("data", "a file in the place of the directory")
+    with pytest.raises(Ms4Error, match=r"data.*: cannot be written \(.*\); make room, or the proj"):
+        run_stage(configure())
+
+
+def test_no_room(small_tekken: Path) -> None:
+    write("train.jsonl", *(sample(f"a {n}", "b " * 100) for n in range(500)))
+    write("config.yaml", "data: {train: [train.jsonl]}\n")
+    command = f"ulimit -f 8; exec {sys.executable} -m ms4 preprocess --config config.yaml"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written (File too large); make room" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(Path("data/packed").glob(".*")), "what was written is removed"
+    assert not Path("results/data.json").exists()
+
+
+def test_one_prefix(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", ""]) == 2
+    assert capsys.readouterr().err.count("ms4 data:") <= 1

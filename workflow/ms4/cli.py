@@ -135,7 +135,11 @@ def _data_arguments(command: argparse.ArgumentParser) -> None:
         help="set a field, for example --set data.format=alpaca; may be given several times",
     )
     command.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="a tekken.json (default: the weights')"
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="a tekken.json (default: that of "
+        "the project's weights, or else the one that mistral-common ships)",
     )
 
 

@@ -26,7 +26,6 @@ from ms4.data.conversation import Conversation
 from ms4.data.faults import Faults, SampleFault
 from ms4.data.formats import NAMES, Reading, in_its_names, to_conversation
 from ms4.data.image_store import ImageStoreWriter
-from ms4.data.normalized import WORDS
 from ms4.data.packed import PackedData as PackedData
 from ms4.data.packed import PackedWriter
 from ms4.data.packed import TestSample as TestSample
@@ -45,11 +44,12 @@ from ms4.data.prepare import (
 )
 from ms4.data.progress import ByteProgress
 from ms4.data.readers import parse_row
-from ms4.data.reasoning import OTHER_TAGS, check_order
+from ms4.data.reasoning import check_order
 from ms4.data.render import EXAMPLE_CHARACTERS as EXAMPLE_CHARACTERS
 from ms4.data.render import count
 from ms4.data.render import render_example as render_example
 from ms4.data.sources import Source, expand, repeated
+from ms4.data.statements import image_tokens, statements, too_long
 from ms4.data.tables import pinned
 from ms4.data.tally import Tally
 from ms4.errors import Ms4Error, printable
@@ -357,58 +357,23 @@ def _print_statement(
     print("\n".join(lines), flush=True)
 
 
-def statements(tally: Tally, length: int) -> list[str]:
-    """What is not as a person may expect, a line each."""
-    lines = []
-    if tally.too_long:
-        lines.append(f"dropped: {_too_long(tally, length)}")
-    if tally.truncated:
-        lines.append(f"truncated after a turn: {count(tally.truncated, 'sample')}")
-    unlike = {kind for kind in tally.by_kind if ", " in kind or kind == "plain text"}
-    lines += [
-        f"{kind}: {count(tally.by_kind[kind]['samples'], 'sample')}, "
-        f"{tally.by_kind[kind]['tokens'] / tally.tokens:.1%} of the tokens"
-        for kind in sorted(unlike)
-    ]
-    for note, number in sorted(tally.notes.items()):
-        case, policy = note.split()
-        if note == OTHER_TAGS:
-            lines.append(
-                f"thinking by other tags ({count(number, 'sample')}): only `<think>` and `[THINK]` "
-                "mean thinking; the likes of `<thinking>` are trained as text"
-            )
-            continue
-        did = "taken as they are" if policy == "warn" else "mended"
-        lines.append(f"thinking, data.thinking.{case}: {count(number, 'case')} {did}")
-    lines += [
-        f"changed by mistral-common's rules: {number:,} {WORDS[name]}"
-        for name, number in sorted(tally.changed.items())
-    ]
-    return lines
-
-
-def image_tokens(tally: Tally) -> str:
-    """How many tokens the images take, and what their cap saves."""
-    text = f"{count(tally.images, 'image')}, {count(tally.image_tokens, 'token')} in all"
-    if tally.image_tokens_uncapped > tally.image_tokens:
-        text += f" ({tally.image_tokens_uncapped:,} if data.images.max_size did not cap them)"
-    return text
-
-
-def _too_long(tally: Tally, length: int) -> str:
-    are = "is" if tally.too_long == 1 else "are"
-    return (
-        f"{count(tally.too_long, 'sample')} {are} longer than data.sequence_length {length:,}; "
-        f"the longest, {tally.longest_place}, has {tally.longest_tokens:,} tokens"
-    )
-
-
 def run_stage(config: RunConfig) -> None:
     """Turn the configured conversations into packed tokens in the current project.
 
     Raises:
-        Ms4Error: names all that is wrong with the data.
+        Ms4Error: names all that is wrong with the data, or what cannot be written.
     """
+    try:
+        _run(config)
+    except OSError as error:  # of what is written: what is read has faults
+        where = error.filename or TEST.parent
+        raise Ms4Error(
+            f"{where}: cannot be written ({error.strerror or error}); make room, or the project's "
+            "directories writable, and run again"
+        ) from error
+
+
+def _run(config: RunConfig) -> None:
     data = config.data
     chat = load_chat(data)
     sources = [pinned(source) for source in expand(data.train)]
@@ -418,6 +383,8 @@ def run_stage(config: RunConfig) -> None:
     TEST.parent.mkdir(parents=True, exist_ok=True)
     for left_by_a_kill in TEST.parent.glob(".*.tmp"):
         left_by_a_kill.unlink()
+    # What was made of other data must not seem to be of this.
+    RESULT.unlink(missing_ok=True)
     temporary = TEST.with_name(f".{TEST.name}.{os.getpid()}.tmp")
     spool = TEST.with_name(f".signatures.{os.getpid()}.tmp")
     with_images = data.modality == "text_vision"
@@ -447,7 +414,7 @@ def run_stage(config: RunConfig) -> None:
                     reader.file(result)
             training, tally = reader.training, reader.training.tally
             refused = tally.too_long and data.too_long == "error"
-            faults.raise_any(FAULTS, _too_long(tally, data.sequence_length) if refused else "")
+            faults.raise_any(FAULTS, too_long(tally, data.sequence_length) if refused else "")
             left_out.write(FAULTS)
             if not training.copies:
                 raise Ms4Error(f"nothing is left to train on: {_why_nothing(tally, data)}")
@@ -488,7 +455,7 @@ def run_stage(config: RunConfig) -> None:
 
 def _why_nothing(tally: Tally, data: DataSection) -> str:
     if tally.too_long:
-        return f"{_too_long(tally, data.sequence_length)}. Raise data.sequence_length."
+        return f"{too_long(tally, data.sequence_length)}. Raise data.sequence_length."
     if tally.samples:
         return "data.weights leaves out every sample. Raise a weight, or give more data."
     return f"{count(tally.dropped, 'record')} dropped (in {FAULTS}). Correct the data."

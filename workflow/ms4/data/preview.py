@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ms4 import memory, settings, spec, throughput, yaml_text
 from ms4.config import RunConfig, check
 from ms4.data.chat import Chat
-from ms4.data.dataset import FAULTS, SOURCE, copies_of, image_tokens, load_chat, statements
+from ms4.data.dataset import FAULTS, SOURCE, copies_of, load_chat
 from ms4.data.faults import Faults
 from ms4.data.formats import NAMES
 from ms4.data.histogram import by_fill, by_length, histogram
@@ -31,6 +31,7 @@ from ms4.data.prepare import Recipe, Sample, documents, read_files, started
 from ms4.data.progress import ByteProgress
 from ms4.data.render import count, render_whole
 from ms4.data.sources import FAULTS_FILE, Source, expand, repeated
+from ms4.data.statements import image_tokens, statements
 from ms4.data.tally import Tally
 from ms4.data.tekken import write_tekken
 from ms4.device import GPUS
@@ -104,7 +105,7 @@ def read_settings(
     evaluate = values.get("evaluate")
     if isinstance(evaluate, dict):
         evaluate.pop("min_exact_match", None)  # it names held-out sets
-    return check(values, "ms4 data")
+    return check(values, "the settings")
 
 
 def tokenizer(path: Path | None, config: RunConfig) -> Chat:

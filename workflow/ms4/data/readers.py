@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from ms4.data.faults import SampleFault
+from ms4.data.faults import SampleFault, count
 from ms4.data.json_stream import MAX_RECORD, Unfinished, split_values
 from ms4.data.json_text import parse_json
-from ms4.data.sources import FAULTS_FILE, Source
+from ms4.data.sources import FAULTS_FILE, Source, is_pattern
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _COMPRESSED = {".gz", ".zst", ".zstd"}
@@ -88,7 +88,8 @@ def read_rows(
             seen = True
             yield row
     except FileNotFoundError:
-        yield _of_file("no such file; correct its name (in a project: data.train or data.test)")
+        what = "a pattern that no file matches" if is_pattern(source.name) else "no such file"
+        yield _of_file(f"{what}; correct its name (in a project: data.train or data.test)")
     except IsADirectoryError:
         yield _of_file("a directory; name the files in it, by a pattern perhaps")
     except UnicodeEncodeError:
@@ -279,6 +280,14 @@ def _table_rows(stream: IO[bytes], delimiter: str) -> Iterator[Row]:
             yield Row(line, None, "not UTF-8; convert the file with `iconv`")
         elif header is None:
             header = [cell.strip() for cell in cells]
+            other = next((d for d in ";\t|," if len(header) == 1 and d in header[0]), None)
+            if other is not None:
+                between = {"\t": "tabs", ",": "commas"}
+                yield _of_file(
+                    f"its columns stand between {between.get(other, f'`{other}`')}; save it with "
+                    f"{between[delimiter]} between them"
+                )
+                return
             if len(set(header)) < len(header) or "" in header:
                 yield _of_file(
                     "its first row must name the columns, each differently; add the names"
@@ -288,8 +297,8 @@ def _table_rows(stream: IO[bytes], delimiter: str) -> Iterator[Row]:
             yield Row(
                 line,
                 None,
-                f"{len(cells)} cells, but the table has {len(header)} columns; correct its quotes "
-                "or delimiters",
+                f"{count(len(cells), 'cell')}, but the table has {count(len(header), 'column')}; "
+                "correct its quotes or delimiters",
             )
         else:
             yield Row(line, dict(zip(header, cells, strict=True)))

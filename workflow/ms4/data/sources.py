@@ -52,6 +52,11 @@ def is_hub(entry: str) -> bool:
     return entry.startswith(HUB)
 
 
+def is_pattern(entry: str) -> bool:
+    """Whether an entry may stand for several files."""
+    return _PATTERN.search(entry) is not None
+
+
 def expand(entries: Iterable[str]) -> list[Source]:
     """The sources of these entries: patterns become the files that they match, sorted by name. A
     pattern that matches nothing stays, and will be reported as a missing file.
@@ -77,7 +82,7 @@ def matches(entry: str, start: Path = Path()) -> list[str]:
         start: what a relative path is relative to.
     """
     path = start / expand_home(entry)
-    if not _PATTERN.search(entry) or path.exists():
+    if not is_pattern(entry) or path.exists():
         return []
     pattern = entry if start == Path() else str(path)
     # Path.glob takes no pattern that begins at the root.
