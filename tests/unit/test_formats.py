@@ -16,6 +16,7 @@ from ms4.data.formats import (
     FORMATS,
     Reading,
     detect,
+    in_its_names,
     mapped_fields,
     to_conversation,
     unused_keys,
@@ -170,6 +171,34 @@ def test_question_and_answer_with_thinking_and_effort() -> None:
     assert unused_keys(record, Reading("question_answer", {}, {})) == {"id"}
 
 
+@pytest.mark.parametrize(
+    ("record", "unused"),
+    [
+        ({"prompt": "a", "completion": "b", "response": "c"}, {"response"}),
+        ({"prompt": "a", "completion": None, "response": "c"}, set()),
+        ({"instruction": "a", "output": "b", "response": "c"}, {"response"}),
+        ({"question": "a", "answer": "b", "response": "c"}, {"response"}),
+        ({"messages": [USER, ANSWER], "conversations": []}, {"conversations"}),
+        ({**turns(("human", "a"), ("gpt", "b")), "conversation": [1]}, {"conversation"}),
+        ({"text": "a", "tools": [TOOL]}, {"tools"}),
+    ],
+)
+def test_of_keys_that_mean_the_same_one_is_read(record: dict[str, Any], unused: set[str]) -> None:
+    reading = Reading.of(detect([record], section()), section())
+    assert unused_keys(record, reading) == unused
+    to_conversation(record, reading)
+
+
+def test_a_mapped_column_stands_in_the_place_of_its_name() -> None:
+    record = {"prompt": "a", "completion": "b", "gold": "c", "mode": "loud"}
+    data = section(fields={"completion": "gold", "effort": "mode"})
+    reading = Reading.of(detect([record], data), data)
+    assert unused_keys(record, reading) == {"completion"}
+    with pytest.raises(SampleFault) as caught:
+        to_conversation(record, reading)
+    assert in_its_names(str(caught.value), reading).startswith("`mode` is 'loud'; this model")
+
+
 def test_plain_text() -> None:
     conversation = read({"text": "Once upon a time."})
     assert conversation == Conversation(messages=(), plain="Once upon a time.")
@@ -316,7 +345,7 @@ FAULTS: list[tuple[Any, dict[str, Any], str]] = [
         {"format": "sharegpt"},
         "`conversations` is a number; it must be a list",
     ),
-    ({"text": "x"}, {"format": "sharegpt"}, r"`conversations` is null; .* keys: `text`\)"),
+    ({"text": "x"}, {"format": "sharegpt"}, r"`conversations` is missing; .* keys: `text`\)"),
     ({"conversations": "[{"}, {"format": "sharegpt"}, "`conversations`: not valid JSON"),
     (
         {**turns(("system", "a"), ("human", "b"), ("gpt", "c")), "system": "d"},
@@ -354,9 +383,9 @@ FAULTS: list[tuple[Any, dict[str, Any], str]] = [
     (
         {"prompt": "a"},
         {"format": "prompt_completion"},
-        r"`completion` is null; .*\(the record's keys",
+        r"`completion` is missing; .*\(the record's keys",
     ),
-    ({"prompt": [USER], "completion": 3}, {}, "`prompt` is a list and `completion` a num"),
+    ({"prompt": [USER], "completion": 3}, {}, "`prompt` is a list and `completion` is a num"),
     ({"prompt": [USER], "completion": []}, {}, "no assistant turn"),
     ({"question": "a", "answer": None}, {}, "`answer` is null; it must be text"),
     (
@@ -369,10 +398,10 @@ FAULTS: list[tuple[Any, dict[str, Any], str]] = [
         {},
         "`reasoning_effort` is 'low'",
     ),
-    ({"question": "a", "answer": "b", "system": 3}, {}, "`content` is a number"),
+    ({"question": "a", "answer": "b", "system": 3}, {}, "`system` is a number"),
     ({"text": 3}, {}, "`text` is a number; it must be text"),
     ({"text": " \n"}, {}, "`text` is empty; remove"),
-    ({"question": "a", "answer": "b"}, {"format": "text"}, "`text` is null; it must be text"),
+    ({"question": "a", "answer": "b"}, {"format": "text"}, "`text` is missing; it must be text"),
     ({"messages": "[{"}, {}, "`messages`: not valid JSON"),
     ({"messages": "hi"}, {}, "`messages` is text; it must be a list"),
     (

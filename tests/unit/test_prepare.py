@@ -293,6 +293,24 @@ def test_earlier_thinking_is_dropped(chat: Chat) -> None:
     assert text.endswith("[THINK]thought 2[/THINK]answer 2</s>")
 
 
+def test_joined_messages_and_other_tags_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    user, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    write(
+        "train.jsonl",
+        {"messages": [user, user, user, said, said]},
+        sample("a", "<thinking>b</thinking>c"),
+        sample("a", "<THINK>b</THINK>c"),
+        sample("a <thinking>", "a tag is `<thinking>`, <think> is another"[:20]),
+        sample("a", "<think>b</think>c"),
+    )
+    run_stage(configure())
+    assert result()["train"]["changed"] == {"joined": 3}
+    assert result()["train"]["thinking"] == {"other_tags text": 2}
+    out = capsys.readouterr().out
+    assert "rules: 3 messages that are joined to the one before, of the same role" in out
+    assert "thinking by other tags (2 samples): only `<think>` and `[THINK]` mean" in out
+
+
 # Faults.
 
 
@@ -340,8 +358,8 @@ def test_images_are_refused_where_only_text_trains() -> None:
     write("test.jsonl", record)
     with pytest.raises(Ms4Error) as caught:
         run_stage(configure(test={"t": "test.jsonl"}))
-    assert "train.jsonl:1: holds images, and data.modality is `text`; remove" in str(caught.value)
-    assert "test.jsonl:1: holds images, and data.modality is `text`; remove" in str(caught.value)
+    assert "train.jsonl:1: holds images, and data.modality is `text`; set" in str(caught.value)
+    assert "test.jsonl:1: holds images, and data.modality is `text`; set" in str(caught.value)
 
 
 def test_policies_are_counted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,14 +68,19 @@ def test_what_a_cap_of_images_saves(data: Any) -> None:
     write("a.jsonl", {"messages": [{"role": "user", "content": question}, answer]})
     uncapped = 10 * 21 + 4 * 5
     for cap, tokens in ((280, 5 * 11 + 4 * 5), (1540, uncapped)):
-        arguments = ("--set", f"data.images.max_size={cap}", "a.jsonl")
+        vision = ("--set", "data.modality=text_vision")
+        arguments = (*vision, "--set", f"data.images.max_size={cap}", "a.jsonl")
         _, out, _ = data("--json", *arguments)
         found = json.loads(out)
         assert (found["images"], found["image_tokens"]) == (2, tokens)
         assert found["image_tokens_uncapped"] == uncapped
         _, out, _ = data(*arguments)
-        assert f"2 images of {tokens} tokens" in out
+        assert f"2 images, {tokens} tokens in all" in out
         assert (f"({uncapped} if data.images.max_size did not cap them)" in out) == (cap == 280)
+    # Training on text alone would refuse them.
+    code, out, _ = data("a.jsonl")
+    assert code == 2
+    assert "a.jsonl:1: holds images, and data.modality is `text`; set it to `text_vision`" in out
 
 
 def test_what_the_json_says(data: Any, chat: Chat) -> None:

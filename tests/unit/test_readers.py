@@ -194,8 +194,11 @@ def write(path: Path, data: bytes | str) -> Path:
         ("a.csv", "a,b\n", [(None, "holds no samples; remove it")]),
         ("a.csv", "a,a\n1,2\n", [(None, "its first row must name the columns, each differently")]),
         ("a.csv", "a,\n1,2\n", [(None, "its first row must name the columns, each differently")]),
-        ("a.csv", "a,b\n1\n2,3\n4,5,6\n", [(2, "1 cells, but the table has 2 columns"),
+        ("a.csv", "a,b\n1\n2,3\n4,5,6\n", [(2, "1 cell, but the table has 2 columns"),
                                            (4, "3 cells, but the table has 2 columns")]),
+        ("a.csv", "a;b\n1;2\n", [(None, "its columns stand between `;`; save it with commas")]),
+        ("a.tsv", "a,b\n1,2\n", [(None, "its columns stand between commas; save it with tabs")]),
+        ("a.csv", "a\tb\n1\t2\n", [(None, "its columns stand between tabs; save it with comm")]),
         ("a.csv", 'a,b\n"1"x,2\n3,4\n', [(2, "not a row of the table (")]),
         ("a.csv", 'a,b\n1,2\n"3,4\n5,6\n', [(3, "not a row of the table (unexpected end of data")]),
         ("a.csv", b"a,b\n1,2\n\xff,4\n", [(3, "not UTF-8; convert the file with `iconv`")]),
@@ -353,7 +356,7 @@ def test_patterns_are_their_files_in_order(tmp_path: Path, monkeypatch: pytest.M
     assert local_files([str(tmp_path / "*.json")]) == [str(tmp_path / "c.json")]
     assert local_files(["none*.jsonl", "hub:a/b@main"]) == ["none*.jsonl"]
     assert expand(["none*.jsonl"])[0].entry == "none*.jsonl"
-    assert faults(Path("none*.jsonl"))[0][1].startswith("no such file; correct its name")
+    assert faults(Path("none*.jsonl"))[0][1].startswith("a pattern that no file matches; correct")
     assert [s.entry for s in expand(["[ab].jsonl"])] == ["[ab].jsonl"] * 2
 
 

@@ -67,7 +67,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, tuple[Any, str] | No
         "missing",
         record(THINKS, ANSWER),
         {},
-        "the last turn does not think, but it is of effort `high`; correct",
+        "the last turn does not think, but earlier ones do, so it is of effort `high`; remove",
         (record(ANSWER, ANSWER), "none"),
     ),
     (

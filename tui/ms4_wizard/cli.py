@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ms4
 from ms4 import completion
-from ms4.errors import Ms4Error, printable
+from ms4.errors import Ms4Error, printable, write_anything
 
 # The first frame comes before the configuration and the planner: each function imports its own.
 if TYPE_CHECKING:
@@ -302,6 +302,7 @@ def _only_with_answers(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    write_anything(sys.stdout, sys.stderr)
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["watch"]:
         from ms4_wizard.watch.cli import main as watch

@@ -75,6 +75,9 @@ def _chosen(answers: Answers, found: Cost) -> str:
     ranks = ", ".join(f"{preset} {adapters.rank_of(preset)}" for preset in adapters.presets)
     trained = trained_parameters(found.config, found.dims)
     thresholds = answers.evaluate.min_exact_match
+    held_out = list(answers.data.test)
+    if answers.data.holdout:
+        held_out.append(f"holdout ({answers.data.holdout:.3g} of the training samples)")
     rows = {
         "method": f"{answers.method}, experts in {answers.model.experts}",
         "adapters": f"rank: {ranks}; alpha {adapters.alpha:g}; {count(trained)} parameters",
@@ -82,7 +85,7 @@ def _chosen(answers: Answers, found: Cost) -> str:
         "sequence length": f"{answers.data.sequence_length} tokens",
         "training": f"{length}, {train.micro_batch} × {train.accumulation} sequences a step, "
         f"learning rate {train.learning_rate:g}",
-        "held-out sets": ", ".join(answers.data.test) or "none",
+        "held-out sets": ", ".join(held_out) or "none",
         "to reach": ", ".join(f"{name} {share:g}" for name, share in thresholds.items())
         or "no threshold",
     }

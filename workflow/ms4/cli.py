@@ -20,7 +20,7 @@ from typing import TextIO
 
 import ms4
 from ms4 import completion, config, lock, settings
-from ms4.errors import Ms4Error, printable
+from ms4.errors import Ms4Error, printable, write_anything
 
 CONFIG = Path("config/config.yaml")
 """A project's configuration file."""
@@ -135,7 +135,11 @@ def _data_arguments(command: argparse.ArgumentParser) -> None:
         help="set a field, for example --set data.format=alpaca; may be given several times",
     )
     command.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="a tekken.json (default: the weights')"
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="a tekken.json (default: that of "
+        "the project's weights, or else the one that mistral-common ships)",
     )
 
 
@@ -359,6 +363,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    write_anything(sys.stdout, sys.stderr)
     arguments = build_parser().parse_args(argv)
     try:
         match arguments.command:

@@ -34,7 +34,8 @@ def sha256_file(path: Path) -> str:
 def sha256_json(value: Any) -> str:
     """SHA-256 of a JSON value, independent of key order and white space."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    # A name of a file need not be UTF-8: Python keeps its odd bytes as surrogates.
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def sync_directory(directory: Path) -> None:
@@ -66,11 +67,12 @@ def copy_file(source: Path, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, making its directory if need be."""
+    """Write a text file atomically, making its directory if need be. Bytes of a file's name that
+    are not UTF-8 become escapes, which JSON reads as the same name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         commit_file(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -239,10 +239,12 @@ def _message(value: object, index: int) -> Message:
         role = "system"
     if role not in ROLES:
         known = ", ".join(f"`{name}`" for name in ROLES)
+        if "role" not in value:
+            raise SampleFault(f"{where}: no `role`; use {known}")
         raise SampleFault(f"{where}: the role {short(role)} is unknown; use {known}")
     where = f"{where} ({role})"
     _refuse_changed_meaning(value, role, where)
-    parts = _parts(value.get("content"), role, where)
+    parts = _parts(value.get("content", _MISSING), role, where)
     if role == "assistant":
         parts = _with_thinking(parts, _reasoning(value, where), where)
     message = Message(
@@ -302,15 +304,17 @@ def _weight(value: dict[str, Any], role: str, where: str) -> int:
     return 1
 
 
+_MISSING = object()
+
+
 def _parts(content: object, role: str, where: str) -> tuple[Part, ...]:
     if isinstance(content, str):
         return (Part("text", content),) if content else ()
-    if content is None and role == "assistant":
+    if (content is None or content is _MISSING) and role == "assistant":
         return ()
     if not isinstance(content, list):
-        raise SampleFault(
-            f"{where}: `content` is {kind_of(content)}; it must be text or a list of parts"
-        )
+        what = "is missing" if content is _MISSING else f"is {kind_of(content)}"
+        raise SampleFault(f"{where}: `content` {what}; it must be text or a list of parts")
     return tuple(_part(part, role, where) for part in content)
 
 
@@ -320,9 +324,8 @@ def _part(part: object, role: str, where: str) -> Part:
     match part.get("type"):
         case "text":
             if not isinstance(part.get("text"), str):
-                raise SampleFault(
-                    f"{where}: the `text` of a part is {kind_of(part.get('text'))}; it must be text"
-                )
+                what = f"is {kind_of(part['text'])}" if "text" in part else "is missing"
+                raise SampleFault(f"{where}: the `text` of a part {what}; it must be text")
             return Part("text", part["text"])
         case "thinking":
             if role != "assistant":
@@ -393,9 +396,8 @@ def _thinking_part(part: dict[str, Any], where: str) -> Part:
                 )
         thinking = "".join(piece["text"] for piece in thinking)
     if not isinstance(thinking, str):
-        raise SampleFault(
-            f"{where}: `thinking` is {kind_of(thinking)}; it must be text or a list of text parts"
-        )
+        what = f"is {kind_of(thinking)}" if "thinking" in part else "is missing"
+        raise SampleFault(f"{where}: `thinking` {what}; it must be text or a list of text parts")
     if not isinstance(closed, (bool, type(None))):
         raise SampleFault(f"{where}: `closed` is {kind_of(closed)}; it must be true or false")
     return Part("thinking", unwrap(thinking), closed is not False)

@@ -24,9 +24,8 @@ from ms4.data import split
 from ms4.data.chat import Chat
 from ms4.data.conversation import Conversation
 from ms4.data.faults import Faults, SampleFault
-from ms4.data.formats import NAMES, Reading, to_conversation
+from ms4.data.formats import NAMES, Reading, in_its_names, to_conversation
 from ms4.data.image_store import ImageStoreWriter
-from ms4.data.normalized import WORDS
 from ms4.data.packed import PackedData as PackedData
 from ms4.data.packed import PackedWriter
 from ms4.data.packed import TestSample as TestSample
@@ -49,10 +48,11 @@ from ms4.data.reasoning import check_order
 from ms4.data.render import EXAMPLE_CHARACTERS as EXAMPLE_CHARACTERS
 from ms4.data.render import count
 from ms4.data.render import render_example as render_example
-from ms4.data.sources import Source, expand
+from ms4.data.sources import Source, expand, repeated
+from ms4.data.statements import image_tokens, statements, too_long
 from ms4.data.tables import pinned
 from ms4.data.tally import Tally
-from ms4.errors import Ms4Error
+from ms4.errors import Ms4Error, printable
 
 SOURCE = Path("weights/source.json")
 TRAIN = Path("data/packed/train.safetensors")
@@ -129,7 +129,7 @@ def _read_held_out(
                     conversation = recipe.resolved(conversation, source)
                     held_out.add(chat, name, source.name, row.line or 0, conversation)
                 except SampleFault as fault:
-                    faults.add(source.name, row.line, str(fault))
+                    faults.add(source.name, row.line, in_its_names(str(fault), reading))
 
 
 def _test_samples(
@@ -262,7 +262,7 @@ class _Reader:
         if sample is None or refused:
             tally.refuse(outcome, place)
             # A fault of a whole file stops in any case: no one chose to leave that out.
-            stops = outcome.fault and (self._data.faulty == "error" or outcome.records == 0)
+            stops = outcome.fault and (self._data.faulty == "error" or outcome.of_file)
             into = self._faults if stops else self._left_out
             into.add(source.name, outcome.line, refused)
             return
@@ -326,11 +326,12 @@ def _print_statement(
         f"{counts['samples']:,} {effort}" for effort, counts in train["by_effort"].items()
     )
     share = train["trained_tokens"] / train["tokens"]
-    lines = [f"{name}: {format}" for name, format in training.formats.items()]
+    lines = [f"{printable(name)}: {format}" for name, format in training.formats.items()]
     lines += [
-        f"{name}: nothing is made of {', '.join(f'`{key}`' for key in keys)}"
+        printable(f"{name}: nothing is made of {', '.join(f'`{key}`' for key in keys)}")
         for name, keys in training.unused.items()
     ]
+    lines += map(printable, repeated(data.train))
     lines.append(
         f"training data: {count(train['samples'], 'sample')} ({efforts}), "
         f"{train['tokens']:,} tokens, {share:.1%} of them trained"
@@ -354,58 +355,29 @@ def _print_statement(
     if training.first is not None:
         place, sample = training.first
         lines.append(
-            f"what the model sees of {place}, with ⟦what is trained⟧:\n"
+            f"what the model sees of {printable(place)}, with ⟦what is trained⟧:\n"
             f"{render_example(chat, sample.encoded)}"
         )
     print("\n".join(lines), flush=True)
-
-
-def statements(tally: Tally, length: int) -> list[str]:
-    """What is not as a person may expect, a line each."""
-    lines = []
-    if tally.too_long:
-        lines.append(f"dropped: {_too_long(tally, length)}")
-    if tally.truncated:
-        lines.append(f"truncated after a turn: {count(tally.truncated, 'sample')}")
-    unlike = {kind for kind in tally.by_kind if ", " in kind or kind == "plain text"}
-    lines += [
-        f"{kind}: {count(tally.by_kind[kind]['samples'], 'sample')}, "
-        f"{tally.by_kind[kind]['tokens'] / tally.tokens:.1%} of the tokens"
-        for kind in sorted(unlike)
-    ]
-    for note, number in sorted(tally.notes.items()):
-        case, policy = note.split()
-        did = "taken as they are" if policy == "warn" else "mended"
-        lines.append(f"thinking, data.thinking.{case}: {count(number, 'case')} {did}")
-    lines += [
-        f"changed by mistral-common's rules: {number:,} {WORDS[name]}"
-        for name, number in sorted(tally.changed.items())
-    ]
-    return lines
-
-
-def image_tokens(tally: Tally) -> str:
-    """How many tokens the images take, and what their cap saves."""
-    text = f"{count(tally.images, 'image')} of {count(tally.image_tokens, 'token')}"
-    if tally.image_tokens_uncapped > tally.image_tokens:
-        text += f" ({tally.image_tokens_uncapped:,} if data.images.max_size did not cap them)"
-    return text
-
-
-def _too_long(tally: Tally, length: int) -> str:
-    are = "is" if tally.too_long == 1 else "are"
-    return (
-        f"{count(tally.too_long, 'sample')} {are} longer than data.sequence_length {length:,}; "
-        f"the longest, {tally.longest_place}, has {tally.longest_tokens:,} tokens"
-    )
 
 
 def run_stage(config: RunConfig) -> None:
     """Turn the configured conversations into packed tokens in the current project.
 
     Raises:
-        Ms4Error: names all that is wrong with the data.
+        Ms4Error: names all that is wrong with the data, or what cannot be written.
     """
+    try:
+        _run(config)
+    except OSError as error:  # of what is written: what is read has faults
+        where = error.filename or TEST.parent
+        raise Ms4Error(
+            f"{where}: cannot be written ({error.strerror or error}); make room, or the project's "
+            "directories writable, and run again"
+        ) from error
+
+
+def _run(config: RunConfig) -> None:
     data = config.data
     chat = load_chat(data)
     sources = [pinned(source) for source in expand(data.train)]
@@ -415,6 +387,8 @@ def run_stage(config: RunConfig) -> None:
     TEST.parent.mkdir(parents=True, exist_ok=True)
     for left_by_a_kill in TEST.parent.glob(".*.tmp"):
         left_by_a_kill.unlink()
+    # What was made of other data must not seem to be of this.
+    RESULT.unlink(missing_ok=True)
     temporary = TEST.with_name(f".{TEST.name}.{os.getpid()}.tmp")
     spool = TEST.with_name(f".signatures.{os.getpid()}.tmp")
     with_images = data.modality == "text_vision"
@@ -444,7 +418,7 @@ def run_stage(config: RunConfig) -> None:
                     reader.file(result)
             training, tally = reader.training, reader.training.tally
             refused = tally.too_long and data.too_long == "error"
-            faults.raise_any(FAULTS, _too_long(tally, data.sequence_length) if refused else "")
+            faults.raise_any(FAULTS, too_long(tally, data.sequence_length) if refused else "")
             left_out.write(FAULTS)
             if not training.copies:
                 raise Ms4Error(f"nothing is left to train on: {_why_nothing(tally, data)}")
@@ -485,7 +459,7 @@ def run_stage(config: RunConfig) -> None:
 
 def _why_nothing(tally: Tally, data: DataSection) -> str:
     if tally.too_long:
-        return f"{_too_long(tally, data.sequence_length)}. Raise data.sequence_length."
+        return f"{too_long(tally, data.sequence_length)}. Raise data.sequence_length."
     if tally.samples:
         return "data.weights leaves out every sample. Raise a weight, or give more data."
     return f"{count(tally.dropped, 'record')} dropped (in {FAULTS}). Correct the data."

@@ -17,6 +17,11 @@ KEPT = 100_000
 """So many are kept: a file of another kind than it seems can have millions."""
 
 
+def count(number: int, noun: str) -> str:
+    """`1 sample`, `1,200 samples`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class SampleFault(Exception):
     """What is wrong with one sample, and what to do; its place is added by who reads the file."""
 

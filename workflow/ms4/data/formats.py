@@ -46,14 +46,20 @@ _LISTS = ("conversations", "conversation", "messages")
 _THINKING = ("thinking", "reasoning_content", "reasoning")
 _COMMON = {"reasoning_effort", "tools", "images"}
 _USED: dict[Format, set[str]] = {
-    "messages": {"messages"},
-    "sharegpt": {"conversations", "system"},
-    "alpaca": {"instruction", "input", "output", "response", "system", "history", *_THINKING},
-    "prompt_completion": {"prompt", "completion", "response", "system", *_THINKING},
-    "question_answer": {"question", "answer", "response", "system", *_THINKING},
+    "messages": _COMMON,
+    "sharegpt": {"system", *_COMMON},
+    "alpaca": {"instruction", "input", "system", "history", *_THINKING, *_COMMON},
+    "prompt_completion": {"prompt", "system", *_THINKING, *_COMMON},
+    "question_answer": {"question", "system", *_THINKING, *_COMMON},
     "text": {"text"},
 }
-"""Keys of a record that its format reads, beside `_COMMON`."""
+"""Keys of a record that its format reads, beside the one of several that it takes."""
+_ANSWERS: dict[Format, tuple[str, ...]] = {
+    "alpaca": ("output", "response"),
+    "prompt_completion": ("completion", "response"),
+    "question_answer": ("answer", "response"),
+}
+"""Keys of an answer; the first that a record has is read."""
 
 _MESSAGE_FIELDS: dict[FieldName, str] = {
     "role": "role",
@@ -176,9 +182,34 @@ def unused_keys(record: object, reading: Reading) -> set[str]:
     """Keys of a record that nothing is made of."""
     if not isinstance(record, dict):
         return set()
-    used = _USED[reading.format] | _COMMON | set(_LISTS[:2])
-    used |= {column.split(".")[0] for column in reading.fields.values()}
+    used = set(_USED[reading.format])
+    if reading.format in _ANSWERS:
+        used.add(_either(record, *_ANSWERS[reading.format])[0])
+    elif reading.format != "text":
+        used.add(_list_of(record, reading.format))
+    for field, column in reading.fields.items():
+        used.discard(_RECORD_FIELDS.get(field, ""))  # what is mapped stands in its place
+        used.add(column.split(".")[0])
     return {key for key, value in record.items() if key not in used and value not in (None, "")}
+
+
+def _list_of(record: Record, format: Format) -> str:
+    """The key of a record's turns; the format's own if it has none."""
+    if format == "sharegpt":
+        return next((key for key in _LISTS if key in record), "conversations")
+    found = (key for key in _LISTS[:2] if isinstance(record.get(key), list))
+    return "messages" if "messages" in record else next(found, "messages")
+
+
+def in_its_names(fault: str, reading: Reading) -> str:
+    """What is said of a record, with the names that it has, by ShareGPT or `data.fields`."""
+    if reading.format == "sharegpt":
+        fault = fault.replace("`content`", "`value`")
+    for field, column in reading.fields.items():
+        for names in (_RECORD_FIELDS, _MESSAGE_FIELDS):
+            if field in names:
+                fault = fault.replace(f"`{names[field]}`", f"`{column}`")
+    return fault
 
 
 def mapped_fields(record: object, reading: Reading) -> set[FieldName]:
@@ -256,10 +287,14 @@ def _renamed_message(turn: object, reading: Reading) -> object:
 def _plain(record: Record) -> Conversation:
     text = record.get("text")
     if not isinstance(text, str):
-        raise SampleFault(f"`text` is {kind_of(text)}; it must be text{_keys(record)}")
+        raise SampleFault(f"`text` {_is(record, 'text')}; it must be text{_keys(record)}")
     if not text.strip():
         raise SampleFault("`text` is empty; remove the record")
     return Conversation(messages=(), plain=text)
+
+
+def _is(record: Record, name: str) -> str:
+    return f"is {kind_of(record[name])}" if name in record else "is missing"
 
 
 def _keys(record: Record) -> str:
@@ -267,9 +302,9 @@ def _keys(record: Record) -> str:
 
 
 def _messages(record: Record) -> Record:
-    for key in ("conversations", "conversation"):
-        if "messages" not in record and isinstance(record.get(key), list):
-            return {"messages": record[key]}
+    name = _list_of(record, "messages")
+    if name != "messages":
+        return {"messages": record[name]}
     if "messages" not in record:
         parse_record(record)  # which says what it lacks
     messages = record["messages"]
@@ -291,12 +326,12 @@ def _parsed(text: str, name: str) -> Any:
 
 
 def _sharegpt(record: Record) -> Record:
-    name = next((key for key in _LISTS if key in record), "conversations")
+    name = _list_of(record, "sharegpt")
     turns = record.get(name)
     if isinstance(turns, str):
         turns = _parsed(turns, name)
     if not isinstance(turns, list):
-        raise SampleFault(f"`{name}` is {kind_of(turns)}; it must be a list{_keys(record)}")
+        raise SampleFault(f"`{name}` {_is(record, name)}; it must be a list{_keys(record)}")
     if not turns:
         raise SampleFault(f"`{name}` is empty; remove the record")
     messages: list[Record] = []
@@ -331,7 +366,9 @@ def _sharegpt_turn(turn: object, where: str, calls: list[str], number: int) -> l
     if role is None:
         known = ", ".join(f"`{name}`" for name in _SHAREGPT_ROLES)
         raise SampleFault(
-            f"{where}: `from` is {short(turn.get('from'))}; use {known}, or name it in data.roles"
+            f"{where}: `from` is {short(turn['from'])}; use {known}, or name it in data.roles"
+            if "from" in turn
+            else f"{where}: no `from`; use {known}"
         )
     if "value" not in turn:
         raise SampleFault(f"{where}: no `value`; add what was said")
@@ -382,7 +419,8 @@ def _one_turn(record: Record, question: Any, answer: Any, *names: str) -> Record
     """Messages of a question and its answer, with `system` and thinking beside them."""
     for name, value in zip(names, (question, answer), strict=True):
         if not isinstance(value, str):
-            raise SampleFault(f"`{name}` is {kind_of(value)}; it must be text{_keys(record)}")
+            what = f"is {kind_of(value)}" if value is not None else _is(record, name)
+            raise SampleFault(f"`{name}` {what}; it must be text{_keys(record)}")
     if not answer.strip():
         raise SampleFault(f"`{names[1]}` is empty, so nothing to learn; fill it, or remove it")
     if not question.strip():
@@ -391,6 +429,9 @@ def _one_turn(record: Record, question: Any, answer: Any, *names: str) -> Record
     given = [name for name in _THINKING if record.get(name) not in (None, "")]
     if len(given) > 1:
         raise SampleFault(f"{' and '.join(f'`{n}`' for n in given)} beside each other; keep one")
+    for name in (*given, *(["system"] if record.get("system") not in (None, "") else [])):
+        if not isinstance(record[name], str):
+            raise SampleFault(f"`{name}` is {kind_of(record[name])}; it must be text")
     if given:
         says["reasoning_content"] = record[given[0]]
     messages = [{"role": "user", "content": question}, says]
@@ -437,7 +478,7 @@ def _prompt_completion(record: Record) -> Record:
     after = after if isinstance(completion, str) else completion
     if not isinstance(before, list) or not isinstance(after, list):
         raise SampleFault(
-            f"`prompt` is {kind_of(prompt)} and `{name}` {kind_of(completion)}; each must be text "
+            f"`prompt` {_is(record, 'prompt')} and `{name}` {_is(record, name)}; each must be text "
             "or a list of messages"
         )
     # What stands in the prompt is shown and not trained.

@@ -22,6 +22,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -99,9 +100,10 @@ class ImageStoreWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
         self._spool.unlink(missing_ok=True)
         self._temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a full disk takes not even what was still to be written
+            self._file.close()
 
     def add_document(self, images: Sequence[EncodedImage]) -> None:
         """Note the next document of the packed data, in their order, and the images it shows."""

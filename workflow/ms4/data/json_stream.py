@@ -16,6 +16,8 @@ from ms4.data.faults import SampleFault
 CHUNK = 1 << 20
 MAX_RECORD = 64 << 20
 """Bytes of a record at most: what is longer is no record but a broken file."""
+MAX_DEPTH = 10_000
+"""Brackets inside one another at most: Python's parser takes fewer."""
 
 _NEXT = re.compile(rb'[\[\]{},"]')
 _IN_STRING = re.compile(rb'(?:[^"\\\n]|\\[^\n])*+')
@@ -32,7 +34,8 @@ def split_values(stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 
     Raises:
         Unfinished: after the last value, if the list does not end.
-        SampleFault: a value is longer than `MAX_RECORD`; nothing after it can be told apart.
+        SampleFault: a value is longer than `MAX_RECORD`, or nested deeper than `MAX_DEPTH`; nothing
+            after it can be told apart.
         OSError, EOFError: reading fails.
     """
     return _Splitter(stream).values()
@@ -44,15 +47,17 @@ class _Splitter:
         self._buffer = b""
         self._start = 0  # of the value that is looked at
         self._line = 1  # of that place
-        self._open: list[tuple[int, int]] = []  # brackets, and where they stand in the buffer
+        self._open: list[tuple[int, int]] = []  # brackets, and where they stand in the file
+        self._count = dict.fromkeys(_CLOSES.values(), 0)  # of each in `_open`
+        self._passed = 0  # bytes of the file before the buffer
         self._base = 0  # 1 inside a list of values
 
     def values(self) -> Iterator[tuple[int, bytes]]:
         at, in_string = 0, False
         while chunk := self._stream.read(CHUNK):
             shift, self._start = self._start, 0
-            self._open = [(byte, place - shift) for byte, place in self._open]
             self._buffer, at = self._buffer[shift:] + chunk, at - shift
+            self._passed += shift
             if len(self._buffer) > MAX_RECORD + CHUNK:
                 raise SampleFault(
                     f"line {self._first_line(self._buffer)}: a record of more than "
@@ -92,23 +97,38 @@ class _Splitter:
                 self._base = 1
             elif depth == 0:  # an object that follows something: that is a value of its own
                 yield from self._cut(end - 1, end - 1)
-            self._open.append((byte, end - 1))
-        elif any(opening == _CLOSES[byte] for opening, _ in self._open[self._base :]):
-            while self._open.pop()[0] != _CLOSES[byte]:
+            self._open.append((byte, self._passed + end - 1))
+            self._count[byte] += 1
+            if depth == MAX_DEPTH:
+                line = self._line + self._buffer.count(b"\n", self._start, end)
+                raise SampleFault(
+                    f"line {line}: more than {MAX_DEPTH:,} brackets inside one another; the file "
+                    "is broken there, or is no data: correct it"
+                )
+        # The list that holds the values is no bracket of theirs.
+        elif self._count[_CLOSES[byte]] > (self._base and byte == _END_OF_LIST):
+            while self._pop() != _CLOSES[byte]:
                 pass
             if not self._open:
                 yield from self._cut(end, end)
         elif self._base and byte == _END_OF_LIST:
             yield from self._cut(end - 1, end)
             self._base = 0
-            self._open.clear()
+            while self._open:
+                self._pop()
+
+    def _pop(self) -> int:
+        """Take the innermost open bracket."""
+        byte, _ = self._open.pop()
+        self._count[byte] -= 1
+        return byte
 
     def _broken_string(self, end: int) -> Iterator[tuple[int, bytes]]:
         """A line ends inside a string: its brackets are closed in what the string swallowed."""
-        line_start = self._buffer.rfind(b"\n", 0, end - 1)
+        line_start = self._passed + self._buffer.rfind(b"\n", 0, end - 1)
         depth = len(self._open)
         while len(self._open) > self._base and self._open[-1][1] > line_start:
-            self._open.pop()
+            self._pop()
         if len(self._open) == self._base and depth > self._base:
             yield from self._cut(end, end)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections import Counter
 from typing import Any
 
@@ -39,8 +40,11 @@ def parse_json(text: str, changed: Counter[str] | None = None) -> Any:
         ) from error
     except RecursionError as error:
         raise SampleFault("JSON nested too deeply; flatten it") from error
-    except ValueError as error:  # an integer of thousands of digits
-        raise SampleFault(f"not readable as JSON ({error}); write long numbers as text") from error
+    except ValueError as error:  # Python reads no longer ones, whose time is quadratic
+        raise SampleFault(
+            f"not readable as JSON: a number of more than {sys.get_int_max_str_digits():,} digits; "
+            "write it as text"
+        ) from error
     return value
 
 
@@ -75,8 +79,8 @@ def _mended(value: Any, changed: Counter[str] | None) -> Any:
 def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, number in counts.items() if number > 1)
         raise SampleFault(f"the key {twice!a} stands twice in one object; keep one of them")
     return result
 

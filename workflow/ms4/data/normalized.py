@@ -12,6 +12,7 @@ from ms4.data.json_text import without_halves
 
 WORDS = {
     "trailing_spaces": "turns whose trailing spaces are stripped",
+    "joined": "messages that are joined to the one before, of the same role",
     "surrogates": "halves of surrogate pairs that become U+FFFD",
     "image_first": "turns whose image goes before their text",
     "results_reordered": "turns whose tool results go in the order of their calls",
@@ -26,6 +27,8 @@ def changes(conversation: Conversation) -> Counter[str]:
     asked: list[str] = []
     for role, group in groupby(conversation.messages, key=lambda message: message.role):
         messages = list(group)
+        if role != "tool":
+            counts["joined"] += len(messages) - 1
         for message in messages:
             texts += [part.text for part in message.parts if part.text]
             if message.tool_calls:

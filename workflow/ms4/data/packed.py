@@ -12,6 +12,7 @@ import shutil
 from array import array
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -184,10 +185,11 @@ class PackedWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for file in self._files.values():
-            file.close()
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
+        for file in self._files.values():
+            with suppress(OSError):  # a full disk takes not even what was still to be written
+                file.close()
 
     def add(self, tokens: Int32s, trained: Uint8s) -> None:
         """Take a document."""

@@ -73,7 +73,8 @@ class Recipe:
             return conversation
         if not self.with_images:
             raise SampleFault(
-                "holds images, and data.modality is `text`; remove the sample or its images"
+                "holds images, and data.modality is `text`; set it to `text_vision`, or remove "
+                "the sample or its images"
             )
         given = self.data.images
         roots = tuple(self.base / root for root in given.roots)
@@ -119,6 +120,8 @@ class Outcome:
     too_long: int = 0
     """Its tokens, if it was refused for their number."""
     records: int = 1
+    of_file: bool = False
+    """The fault is the file's, and not that of a record which could be left out."""
 
 
 @dataclass
@@ -151,6 +154,10 @@ class Preparer:
     def batch(self, rows: list[Row], reading: Reading, source: Source) -> Batch:
         """The outcomes of these rows."""
         result = Batch([])
+
+        def told(why: Exception) -> str:
+            return formats.in_its_names(str(why), reading)
+
         for row in rows:
             try:
                 changed: Counter[str] = Counter()
@@ -162,9 +169,11 @@ class Preparer:
                 if outcome.sample is not None:
                     outcome.sample.encoded.changed.update(changed)
             except SampleDropped as reason:
-                outcome = Outcome(row.line, refused=str(reason), fault=False)
+                outcome = Outcome(row.line, refused=told(reason), fault=False)
             except SampleFault as fault:
-                outcome = Outcome(row.line, refused=str(fault), records=row.records)
+                outcome = Outcome(
+                    row.line, refused=told(fault), records=row.records, of_file=row.ends
+                )
             result.outcomes.append(outcome)
         return result
 
@@ -420,4 +429,4 @@ def _checked(batches: Iterator[Batch], reading: Reading) -> Iterator[Batch]:
     if missing and records:
         names = ", ".join(f"`{reading.fields[name]}` ({name})" for name in missing)
         fault = f"no record has {names}, which data.fields names; correct the name or remove it"
-        yield Batch([Outcome(None, refused=fault, records=0)])
+        yield Batch([Outcome(None, refused=fault, records=0, of_file=True)])

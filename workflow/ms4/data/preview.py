@@ -6,7 +6,6 @@ mistral-common ships, which is the model's.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import numpy.typing as npt
 from ms4 import memory, settings, spec, throughput, yaml_text
 from ms4.config import RunConfig, check
 from ms4.data.chat import Chat
-from ms4.data.dataset import FAULTS, SOURCE, copies_of, image_tokens, load_chat, statements
+from ms4.data.dataset import FAULTS, SOURCE, copies_of, load_chat
 from ms4.data.faults import Faults
 from ms4.data.formats import NAMES
 from ms4.data.histogram import by_fill, by_length, histogram
@@ -31,14 +30,15 @@ from ms4.data.packing import pack
 from ms4.data.prepare import Recipe, Sample, documents, read_files, started
 from ms4.data.progress import ByteProgress
 from ms4.data.render import count, render_whole
-from ms4.data.sources import Source, expand
+from ms4.data.sources import FAULTS_FILE, Source, expand, repeated
+from ms4.data.statements import image_tokens, statements
 from ms4.data.tally import Tally
 from ms4.data.tekken import write_tekken
 from ms4.device import GPUS
-from ms4.errors import Ms4Error, printable
+from ms4.errors import Ms4Error, print_json, printable
 from ms4.plan import total_steps
 
-ALONE_FAULTS = Path("ms4-data-faults.txt")
+ALONE_FAULTS = Path(FAULTS_FILE)
 """Where all faults stand, outside a project."""
 
 
@@ -105,7 +105,7 @@ def read_settings(
     evaluate = values.get("evaluate")
     if isinstance(evaluate, dict):
         evaluate.pop("min_exact_match", None)  # it names held-out sets
-    return check(values, "ms4 data")
+    return check(values, "the settings")
 
 
 def tokenizer(path: Path | None, config: RunConfig) -> Chat:
@@ -116,6 +116,8 @@ def tokenizer(path: Path | None, config: RunConfig) -> Chat:
     """
     largest = config.data.images.max_size
     if path is not None:
+        if path.exists() and not path.is_file():  # a pipe might never be written to
+            raise Ms4Error(f"{path}: not a file; name a tekken.json.")
         return Chat(path, largest)
     if SOURCE.is_file():
         return load_chat(config.data)
@@ -144,7 +146,7 @@ def survey(
     local = [source.path for source in sources if source.hub is None]
     size = sum(path.stat().st_size for path in local if path.is_file())
     workers = config.run.threads or len(os.sched_getaffinity(0))
-    recipe = Recipe(config.data, with_images=True)
+    recipe = Recipe(config.data, with_images=config.data.modality == "text_vision")
     with (
         started(chat, recipe, workers, size) as pool,
         _progress(size, on_bytes) as advance,
@@ -191,7 +193,8 @@ def find_sample(
         Ms4Error: there are not so many.
     """
     seen = 0
-    with started(chat, Recipe(config.data, with_images=True), 1, 0) as pool:
+    recipe = Recipe(config.data, with_images=config.data.modality == "text_vision")
+    with started(chat, recipe, 1, 0) as pool:
         for result in read_files(sources, pool, config.data):
             for batch in result.batches:
                 for outcome in batch.outcomes:
@@ -216,6 +219,10 @@ def run(
     Raises:
         Ms4Error: a setting or the tokenizer is wrong, or there is no such sample to show.
     """
+    # A shell's `*` names the list of faults too, which is no data.
+    files = [name for name in files if Path(name).name != FAULTS_FILE]
+    if not files:
+        raise Ms4Error(f"{FAULTS_FILE} is what this command wrote; name data files.")
     config = read_settings(files, config_file, overrides, effort)
     if show is not None and show < 1:
         raise Ms4Error(f"--show {show}: samples are numbered from 1.")
@@ -234,7 +241,7 @@ def run(
                 "place": shown[0],
                 "text": render_whole(chat, shown[1].encoded, colour=False),
             }
-        print(json.dumps(tree, indent=2, ensure_ascii=False))
+        print_json(tree)
     else:
         print("\n".join(_report(config, found, costs)))
     return 0 if found.tally.samples else 2
@@ -308,6 +315,7 @@ def _tree(config: RunConfig, found: Survey, costs: _Costs) -> dict[str, Any]:
             "p95": int(np.percentile(lengths, 95)) if len(lengths) else 0,
             "longest": int(lengths.max(initial=0)),
         },
+        "repeated": repeated(config.data.train),
         "packing": {
             "sequence_length": length,
             "sequences": len(found.filled),
@@ -331,6 +339,7 @@ def _report(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
         if file.unused:
             keys = ", ".join(f"`{printable(key)}`" for key in sorted(file.unused))
             lines.append(f"  nothing is made of {keys}")
+    lines += map(printable, repeated(config.data.train))
     lines.append(
         f"{count(tally.records, 'record')}: {count(tally.samples, 'sample')}, "
         f"{tally.dropped:,} dropped"
@@ -349,7 +358,6 @@ def _report(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
 def _content(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
     tally, length = found.tally, config.data.sequence_length
     lengths = tally.sample_lengths
-    with_images = config.data.modality == "text_vision"
     lines = [
         f"{count(tally.turns, 'turn')} of the assistant, {count(tally.tokens, 'token')}, "
         f"{tally.trained_tokens:,} of them trained ({tally.trained_tokens / tally.tokens:.1%})"
@@ -361,8 +369,7 @@ def _content(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
         if counts["samples"]
     ]
     if tally.images:
-        text = "" if with_images else ", which training takes under data.modality `text_vision`"
-        lines.append(f"{image_tokens(tally)}{text}")
+        lines.append(image_tokens(tally))
     lines += [
         "",
         f"tokens of a sample: half have at most {int(np.median(lengths)):,}, "

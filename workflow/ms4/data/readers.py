@@ -11,6 +11,8 @@ import csv
 import gzip
 import io
 import itertools
+import stat
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,16 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
 
-from ms4.data.faults import SampleFault
+from ms4.data.faults import SampleFault, count
 from ms4.data.json_stream import MAX_RECORD, Unfinished, split_values
 from ms4.data.json_text import parse_json
-from ms4.data.sources import Source
+from ms4.data.sources import FAULTS_FILE, Source, is_pattern
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _COMPRESSED = {".gz", ".zst", ".zstd"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _TEXT_SUFFIXES = {".txt", ".md", ".text"}
 _TABLES = {".csv": ",", ".tsv": "\t"}
+_LOCALE = sys.getfilesystemencoding()
+_NO_FILES = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 _INTERRUPTED = "the compressed data ends or is damaged here: what follows is lost; copy it again"
 
 
@@ -43,6 +47,8 @@ class Row:
     """Why it is none, and what to do."""
     records: int = 1
     """How many records it stands for: 0 for a fault of a file, several for a damaged stretch."""
+    ends: bool = False
+    """A fault of the file: the reading of it ends here, with records lost perhaps."""
 
 
 def parse_row(row: Row, changed: Counter[str] | None = None) -> Any:
@@ -82,9 +88,12 @@ def read_rows(
             seen = True
             yield row
     except FileNotFoundError:
-        yield _of_file("no such file; correct its name (in a project: data.train or data.test)")
+        what = "a pattern that no file matches" if is_pattern(source.name) else "no such file"
+        yield _of_file(f"{what}; correct its name (in a project: data.train or data.test)")
     except IsADirectoryError:
         yield _of_file("a directory; name the files in it, by a pattern perhaps")
+    except UnicodeEncodeError:
+        yield _of_file(f"a name that this locale ({_LOCALE}) cannot write; set LC_ALL=C.UTF-8")
     except OSError as error:
         yield _of_file(f"cannot be read ({error.strerror or error}); correct it")
     else:
@@ -93,13 +102,22 @@ def read_rows(
 
 
 def _of_file(fault: str) -> Row:
-    return Row(None, None, fault, records=0)
+    return Row(None, None, fault, records=0, ends=True)
 
 
 def _file_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Row]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = bool(suffixes) and suffixes[-1] in _COMPRESSED
     suffix = (suffixes[-2:-1] if packed else suffixes[-1:] or [""]) or [""]
+    if path.name == FAULTS_FILE:
+        yield _of_file("what `ms4 data` wrote about data, and no data; remove it from the files")
+        return
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        # Not opened: a pipe may never be written to, and a device never ends.
+        what = next((name for test, name in _NO_FILES if test(mode)), "a device")
+        yield _of_file(f"{what}, which cannot be read twice; write its content to a file")
+        return
     with path.open("rb") as file:
         head = file.read(8)
         file.seek(0)
@@ -188,7 +206,7 @@ def _text_rows(stream: IO[bytes], suffix: str) -> Iterator[Row]:
             line = row.line or line
             yield row
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield Row(line + 1, None, f"{_INTERRUPTED} ({error})")
+        yield Row(line + 1, None, f"{_INTERRUPTED} ({error})", records=0, ends=True)
 
 
 def _is_stream_of_values(head: bytes, suffix: str) -> bool:
@@ -221,7 +239,7 @@ def _value_rows(stream: IO[bytes]) -> Iterator[Row]:
     except Unfinished:
         yield _of_file("ends before its list does: it may be cut off; copy it again, or add `]`")
     except SampleFault as fault:
-        yield Row(None, None, str(fault))
+        yield _of_file(str(fault))
 
 
 def _plain_rows(stream: IO[bytes]) -> Iterator[Row]:
@@ -251,7 +269,10 @@ def _table_rows(stream: IO[bytes], delimiter: str) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Row(line, None, f"not a row of the table ({error}); correct its quotes")
+            # A quote that nothing closes takes all that follows with it.
+            ends = "end of data" in str(error)
+            fault = f"not a row of the table ({error}); correct its quotes"
+            yield Row(line, None, fault, records=0 if ends else 1, ends=ends)
             continue
         if not cells:
             continue
@@ -259,6 +280,14 @@ def _table_rows(stream: IO[bytes], delimiter: str) -> Iterator[Row]:
             yield Row(line, None, "not UTF-8; convert the file with `iconv`")
         elif header is None:
             header = [cell.strip() for cell in cells]
+            other = next((d for d in ";\t|," if len(header) == 1 and d in header[0]), None)
+            if other is not None:
+                between = {"\t": "tabs", ",": "commas"}
+                yield _of_file(
+                    f"its columns stand between {between.get(other, f'`{other}`')}; save it with "
+                    f"{between[delimiter]} between them"
+                )
+                return
             if len(set(header)) < len(header) or "" in header:
                 yield _of_file(
                     "its first row must name the columns, each differently; add the names"
@@ -268,8 +297,8 @@ def _table_rows(stream: IO[bytes], delimiter: str) -> Iterator[Row]:
             yield Row(
                 line,
                 None,
-                f"{len(cells)} cells, but the table has {len(header)} columns; correct its quotes "
-                "or delimiters",
+                f"{count(len(cells), 'cell')}, but the table has {count(len(header), 'column')}; "
+                "correct its quotes or delimiters",
             )
         else:
             yield Row(line, dict(zip(header, cells, strict=True)))

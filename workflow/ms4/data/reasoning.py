@@ -15,6 +15,9 @@ from ms4.data import think_tags
 from ms4.data.conversation import Conversation, Message, Part
 from ms4.data.faults import SampleDropped, SampleFault
 
+OTHER_TAGS = "other_tags text"
+"""The note of a sample whose answers hold tags that mean thinking elsewhere."""
+
 
 @dataclass(frozen=True)
 class Settled:
@@ -67,6 +70,13 @@ def settle(conversation: Conversation, data: DataSection) -> Settled:
         if data.earlier_thinking == "drop":
             conversation = without_earlier_thinking(conversation)
     effort, conversation = _effort(conversation, data, policies)
+    if any(
+        part.kind == "text" and think_tags.has_other_tag(part.text)
+        for message in conversation.messages
+        if message.role == "assistant"
+        for part in message.parts
+    ):
+        policies.notes.append(OTHER_TAGS)
     return Settled(conversation, effort, tuple(policies.notes))
 
 
@@ -219,6 +229,8 @@ def _effort(
         derived: Effort = "high" if conversation.has_thinking else "none"
         effort = conversation.effort or derived
         why, way_out = "it is", "correct its `reasoning_effort`,"
+        if conversation.effort is None:
+            why, way_out = "earlier ones do, so it is", "remove their thinking,"
     else:
         effort = "none" if data.reasoning == "none" else "high"
         why, way_out = f"data.reasoning is `{data.reasoning}`, so it is", "use `per_sample`,"

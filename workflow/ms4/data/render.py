@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ms4.data.chat import Chat, Encoded
+from ms4.data.faults import count as count
 from ms4.errors import printable
 
 EXAMPLE_CHARACTERS = 600
@@ -60,8 +61,3 @@ def render_whole(chat: Chat, encoded: Encoded, colour: bool) -> str:
         f"{opening}{printable(text)}{closing}" if trained else printable(text)
         for text, trained in stretches(chat, encoded)
     )
-
-
-def count(number: int, noun: str) -> str:
-    """`1 sample`, `1,200 samples`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -12,6 +12,8 @@ from ms4.config import expand_home
 from ms4.errors import Ms4Error
 
 HUB = "hub:"
+FAULTS_FILE = "ms4-data-faults.txt"
+"""What `ms4 data` writes beside the data that it reads. It is no data."""
 _HUB = re.compile(
     r"hub:(?P<id>[\w.-]+/[\w.-]+)(?:/(?P<subset>[\w.-]+))?"
     r"@(?P<revision>[A-Za-z0-9][\w./-]*)(?:#(?P<split>[\w.\[\]:%+-]+))?"
@@ -50,6 +52,11 @@ def is_hub(entry: str) -> bool:
     return entry.startswith(HUB)
 
 
+def is_pattern(entry: str) -> bool:
+    """Whether an entry may stand for several files."""
+    return _PATTERN.search(entry) is not None
+
+
 def expand(entries: Iterable[str]) -> list[Source]:
     """The sources of these entries: patterns become the files that they match, sorted by name. A
     pattern that matches nothing stays, and will be reported as a missing file.
@@ -75,12 +82,38 @@ def matches(entry: str, start: Path = Path()) -> list[str]:
         start: what a relative path is relative to.
     """
     path = start / expand_home(entry)
-    if not _PATTERN.search(entry) or path.exists():
+    if not is_pattern(entry) or path.exists():
         return []
     pattern = entry if start == Path() else str(path)
     # Path.glob takes no pattern that begins at the root.
     found = glob.glob(str(expand_home(pattern)), recursive=True)  # noqa: PTH207
-    return sorted(name for name in found if Path(name).is_file())
+    return sorted(n for n in found if Path(n).is_file() and Path(n).name != FAULTS_FILE)
+
+
+def repeated(entries: Iterable[str]) -> list[str]:
+    """What these entries name more than once, a line each: a file that two entries match is taken
+    once, one that has two names (by a link) under each of them."""
+    entries = list(entries)
+    by: dict[str, list[str]] = {}
+    for entry in entries:
+        for source in expand([entry]):
+            by.setdefault(source.name, []).append(entry)
+    lines = [
+        f"{name}: named {len(given)} times ({', '.join(dict.fromkeys(given))}); taken once"
+        for name, given in by.items()
+        if len(given) > 1
+    ]
+    files: dict[tuple[int, int], list[str]] = {}
+    for source in expand(entries):
+        if source.hub is None and source.path.is_file():
+            status = source.path.stat()
+            files.setdefault((status.st_dev, status.st_ino), []).append(source.name)
+    lines += [
+        f"{' and '.join(names)} are one file: its samples are taken {len(names)} times"
+        for names in files.values()
+        if len(names) > 1
+    ]
+    return lines
 
 
 def local_files(entries: Iterable[str]) -> list[str]:

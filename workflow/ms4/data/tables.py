@@ -55,6 +55,7 @@ def table_rows(path: Path, file: IO[bytes]) -> Iterator[Row]:
             None,
             f"cannot be read on as a table ({text}): {place} lost; copy or make the file again",
             records=lost,
+            ends=True,
         )
 
 
@@ -168,10 +169,12 @@ def hub_rows(data: HubData) -> Iterator[Row]:
             f"cannot be read on after {done} rows ({text}); check its id, revision and split, and "
             "the network",
             records=0,
+            ends=True,
         )
         return
     if not done:
-        yield Row(None, None, "holds no samples; remove it from the configuration", records=0)
+        fault = "holds no samples; remove it from the configuration"
+        yield Row(None, None, fault, records=0, ends=True)
 
 
 class _Zstandard(io.RawIOBase):

@@ -14,6 +14,10 @@ _CLOSINGS = ("</think>", "[/THINK]")
 _OPENING = re.compile(r"(?<!`)(?:<think>|\[THINK\])")
 _CLOSING = re.compile(r"(?<!`)(?:</think>|\[/THINK\])")
 
+_OTHER = re.compile(
+    r"(?<!`)(?:</?(?:think|thinking|thoughts?|reasoning)>|\[/?(?:think|thinking)\])", re.IGNORECASE
+)
+
 
 def _may_have_tags(text: str) -> bool:
     """Cheap, and true of few texts: the patterns are twenty times slower."""
@@ -75,6 +79,14 @@ def split_at_end(text: str) -> tuple[str, str] | None:
     """What stands before and after the first end of thinking in a text, or None."""
     found = _CLOSING.search(text) if _may_have_tags(text) else None
     return (text[: found.start()].strip(), text[found.end() :].lstrip()) if found else None
+
+
+def has_other_tag(text: str) -> bool:
+    """Whether a tag of thinking stands in a text that is none of those which are read."""
+    if "<" not in text and "[" not in text:
+        return False
+    known = (*_OPENINGS, *_CLOSINGS)
+    return any(found.group() not in known for found in _OTHER.finditer(text))
 
 
 def has_opening(text: str) -> bool:

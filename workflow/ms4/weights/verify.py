@@ -9,10 +9,8 @@ on the wrong one gives a model that is a little worse everywhere. Nothing is eve
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ from rich.text import Text as Line
 
 from ms4 import spec
 from ms4.config import RunConfig
-from ms4.errors import Ms4Error
+from ms4.errors import Ms4Error, print_json
 from ms4.manifest import read_json, read_manifest, write_manifest
 from ms4.weights import checks, texts
 from ms4.weights.base import manifest_of
@@ -453,8 +451,7 @@ def verify_directory(target: Path, source: Path | None, *, as_json: bool) -> Non
             source = manifest.absolute().parent.parent / fetched["directory"]
     found = examine(target, manifest, source, origin=fetched, threads=torch.get_num_threads())
     if as_json:
-        json.dump(asdict(found), sys.stdout, indent=2, ensure_ascii=False)
-        print()
+        print_json(asdict(found))
     else:
         print_findings(found)
     insist(found, manifest)
