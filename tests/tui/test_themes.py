@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from textual.color import Color
 from textual.pilot import Pilot
 from textual.widgets import Static
 
+from ms4_wizard.preferences import Preferences
+from ms4_wizard.themes import LIGHT
+from ms4_wizard.watch.app import WatchApp
 from tests.tui.driving import VALUES, app_of, drive, go_to
 
 LEAST_CONTRAST = 4.5
@@ -46,3 +50,37 @@ def test_texts_stand_out(place: Path, theme: str) -> None:
         assert styles == {"$text-warning"}
 
     drive(app_of(VALUES), how)
+
+
+def test_named_colours_stand_out_on_every_ground() -> None:
+    """Amber, green and red of sentences: on the grounds that the light theme has."""
+    from textual.theme import BUILTIN_THEMES
+
+    colours = BUILTIN_THEMES["textual-light"].to_color_system().generate()
+    for ground in ("background", "surface", "panel"):
+        for number in range(1, 7):  # red, green, yellow, blue, magenta, cyan
+            ink = Color(*LIGHT.ansi_colors[number])
+            ratio = contrast(ink, Color.parse(colours[ground]))
+            assert ratio >= LEAST_CONTRAST, f"{number} on {ground}: {ratio:.1f}"
+
+
+def test_both_programs_draw_with_them(place: Path) -> None:
+    for app in (app_of(VALUES), WatchApp(place, "local")):
+        app.theme = "textual-light"
+        assert app.ansi_theme is LIGHT
+
+
+def test_the_run_screen_looks_as_it_was_chosen(place: Path) -> None:
+    kept = Preferences(place / "state")
+    kept.save("textual-light")
+
+    async def run() -> None:
+        app = WatchApp(place, "local", preferences=kept)
+        async with app.run_test() as pilot:
+            await pilot.pause()
+            assert not app.current_theme.dark
+            await pilot.press("ctrl+t")
+            assert app.current_theme.dark
+
+    asyncio.run(run())
+    assert kept.theme() == "textual-dark"

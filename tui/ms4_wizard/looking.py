@@ -73,6 +73,11 @@ class Looker:
         look = self.look = Look()
         self._task = asyncio.get_running_loop().create_task(self._read(look, data, told))
 
+    def refuse(self, why: str) -> None:
+        """These data cannot be looked at, and what was known is of others."""
+        self.cancel()
+        self.look = Look("failed", error=why)
+
     async def _read(self, look: Look, data: dict[str, Any], told: Callable[[], None]) -> None:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
