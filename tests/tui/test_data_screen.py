@@ -256,3 +256,40 @@ def test_faults_below_the_edge_are_reached_by_keys(place: Path) -> None:
         await until(pilot, lambda: "chat messages, 10 records" in screen_text(pilot))
 
     drive(app_with_looker(VALUES), how)
+
+
+def test_the_tiny_model_reads_with_its_own_tokenizer(place: Path) -> None:
+    """Else the length that is computed would be too short, and the run would stop."""
+    (place / "train.jsonl").write_text(
+        record("What is it?", "A longer answer of some words. " * 20)
+    )
+    config = preview.read_settings(["train.jsonl"], None, ["model.source=tiny"], None)
+    chat = preview.tokenizer(None, config)
+    wanted = preview.survey(config, chat, sources.expand(config.data.train), lambda _: None)
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        flow = pilot.app.flow  # type: ignore[attr-defined]
+        await go_to(pilot, "data")
+        await until(pilot, lambda: settled(pilot.app))
+        assert flow.data.tokens < wanted.tally.tokens
+        await go_to(pilot, "method")
+        flow.draft.set("model.source", "tiny")
+        await go_to(pilot, "training")
+        await until(pilot, lambda: flow.data.tokens == wanted.tally.tokens)
+        await until(pilot, lambda: flow.draft.get("data.sequence_length") >= flow.data.longest)
+
+    drive(app_with_looker({"data": {"train": ["train.jsonl"]}}), how)
+
+
+def test_what_becomes_of_faults_is_asked(place: Path) -> None:
+    (place / "train.jsonl").write_text(record("q", "a") + "broken\n")
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, "data")
+        await until(pilot, lambda: "1 fault, 1 record lost if they" in screen_text(pilot))
+        await pilot.press("tab", "down", "enter")
+        flow = pilot.app.flow  # type: ignore[attr-defined]
+        await until(pilot, lambda: flow.draft.get("data.faulty") == "drop")
+        await until(pilot, lambda: "1 fault, 1 record lost:" in screen_text(pilot))
+
+    drive(app_with_looker(VALUES), how)

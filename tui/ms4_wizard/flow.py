@@ -55,7 +55,8 @@ class Flow:
     def all_faults(self) -> str:
         """What is wrong with all answers, a line each."""
         faults = self.faults(files=True)
-        return "\n".join(f"{field}: {x}" if field else x for field, x in faults.items())
+        names = {field: QUESTIONS[field].name if field in QUESTIONS else field for field in faults}
+        return "\n".join(f"{names[field]}: {x}" if field else x for field, x in faults.items())
 
     def answers(self) -> Answers | str:
         """The answers as far as a plan needs them, or what is wrong with them."""

@@ -34,7 +34,8 @@ class DataScreen(LookingScreen):
 
     def show_look(self, look: Look | None) -> None:
         """The data; the plan only where there is room for both."""
-        self.query_one(DataPanel).show(look, self.flow.unread())
+        stops = self.flow.draft.get("data.faulty") != "drop"
+        self.query_one(DataPanel).show(look, self.flow.unread(), stops)
         self.query_one("#plan").display = self.app.size.height >= LOW
 
     def action_pick(self) -> None:

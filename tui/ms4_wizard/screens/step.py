@@ -164,9 +164,16 @@ class StepScreen(PlanScreen):
     def on_screen_resume(self) -> None:
         """Another screen may have changed what this one shows: the plan, what is asked."""
         self._refresh()
+        self.flow.look(self.app)  # a draft that is gone on with; another model's tokenizer
         # Giving the first control the focus scrolled to it before there was a layout, and its
         # question out of sight.
         self.call_after_refresh(self.query_one("#questions").scroll_home, animate=False)
+
+    def look_changed(self) -> None:
+        """More is known of the data: steps, and what is computed, follow from it."""
+        looker = self.flow.looker
+        if looker is not None and looker.look is not None and looker.look.state == "done":
+            self.answers_changed()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """What is at the right scrolls where it is cut; else the keys are the controls'."""

@@ -44,8 +44,8 @@ def _count(number: int, noun: str) -> str:
 
 
 class _Picture:
-    def __init__(self, look: Look | None, unread: str) -> None:
-        self._look, self._unread = look, unread
+    def __init__(self, look: Look | None, unread: str, stops: bool) -> None:
+        self._look, self._unread, self._stops = look, unread, stops
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         look, width = self._look, options.max_width
@@ -99,8 +99,9 @@ class _Picture:
             )
         faults = found["fault_count"]
         if faults:
-            lost = _count(found["dropped"], "record")
-            yield Text(f"{_count(faults, 'fault')}, {lost} lost:", "bold red")
+            lost = f"{_count(found['dropped'], 'record')} lost"
+            told = f"{lost} if they are left out" if self._stops else lost
+            yield Text(f"{_count(faults, 'fault')}, {told}:", "bold red")
             shown = found["faults"][:5]
             for fault in shown:
                 yield Text(printable(fault), "red")
@@ -113,11 +114,12 @@ class _Picture:
 class DataPanel(Static):
     """Shows a look at the data."""
 
-    def show(self, look: Look | None, unread: str) -> None:
+    def show(self, look: Look | None, unread: str, stops: bool) -> None:
         """Redraw.
 
         Args:
             look: what is known of the data; None: nothing yet.
             unread: what to say then.
+            stops: the run stops at a faulty record.
         """
-        self.update(_Picture(look, unread))
+        self.update(_Picture(look, unread, stops))
