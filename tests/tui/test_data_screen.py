@@ -202,3 +202,94 @@ def test_a_key_makes_one_plan(place: Path, monkeypatch: pytest.MonkeyPatch, key:
         assert len(plans) == 1
 
     drive(app_with_looker(VALUES), how)
+
+
+def test_data_that_is_not_there_is_told_beside_the_question(place: Path) -> None:
+    """And what was known of other data goes, its steps too."""
+    (place / "train.jsonl").write_text(record("q", "a"))
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, "data")
+        await until(pilot, lambda: settled(pilot.app))
+        flow = pilot.app.flow  # type: ignore[attr-defined]
+        assert flow.data is not None
+        answer(pilot, "data.train").query_one(TextArea).text = "tra"
+        await until(pilot, lambda: settled(pilot.app, "failed"))
+        await until(pilot, lambda: "no such file: tra" in screen_text(pilot))
+        assert flow.data is None
+        # A path that is begun goes on in the picker, and does not stay beside it.
+        await pilot.press("ctrl+o")
+        await until(pilot, lambda: pilot.app.screen.query("#found"))
+        await pilot.press("tab", "enter")
+        await until(pilot, lambda: flow.draft.get("data.train") == ["train.jsonl"])
+        # A whole one stays.
+        await pilot.press("ctrl+o")
+        await until(pilot, lambda: pilot.app.screen.query("#found"))
+        await pilot.press(*"train", "tab", "enter")
+        await until(pilot, lambda: flow.draft.get("data.train") == ["train.jsonl"] * 2)
+
+    drive(app_with_looker(VALUES), how)
+
+
+def test_why_the_data_is_not_looked_at(place: Path) -> None:
+    flow = Flow(Draft({"data": {"train": []}}), place)
+    assert flow.unread().startswith("Name the data")
+    flow.draft.set("data.train", ["x.jsonl"])
+    flow.draft.set("adapters.rank", "many")
+    assert flow.unread().endswith("Rank: write a whole number")
+
+
+def test_faults_below_the_edge_are_reached_by_keys(place: Path) -> None:
+    faulty = '{"messages": [{"role": "user", "content": "q"}]}\n'
+    (place / "train.jsonl").write_text(record("q", "a") + faulty * 9)
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, "data")
+        await until(pilot, lambda: settled(pilot.app))
+        await until(pilot, lambda: "train.jsonl:2" in screen_text(pilot))
+        assert "`ms4 data FILE`" not in screen_text(pilot)
+        for _ in range(3):
+            await pilot.press("pagedown")
+        await until(pilot, lambda: "`ms4 data FILE` lists all" in screen_text(pilot))
+        for _ in range(3):
+            await pilot.press("pageup")
+        await until(pilot, lambda: "chat messages, 10 records" in screen_text(pilot))
+
+    drive(app_with_looker(VALUES), how)
+
+
+def test_the_tiny_model_reads_with_its_own_tokenizer(place: Path) -> None:
+    """Else the length that is computed would be too short, and the run would stop."""
+    (place / "train.jsonl").write_text(
+        record("What is it?", "A longer answer of some words. " * 20)
+    )
+    config = preview.read_settings(["train.jsonl"], None, ["model.source=tiny"], None)
+    chat = preview.tokenizer(None, config)
+    wanted = preview.survey(config, chat, sources.expand(config.data.train), lambda _: None)
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        flow = pilot.app.flow  # type: ignore[attr-defined]
+        await go_to(pilot, "data")
+        await until(pilot, lambda: settled(pilot.app))
+        assert flow.data.tokens < wanted.tally.tokens
+        await go_to(pilot, "method")
+        flow.draft.set("model.source", "tiny")
+        await go_to(pilot, "training")
+        await until(pilot, lambda: flow.data.tokens == wanted.tally.tokens)
+        await until(pilot, lambda: flow.draft.get("data.sequence_length") >= flow.data.longest)
+
+    drive(app_with_looker({"data": {"train": ["train.jsonl"]}}), how)
+
+
+def test_what_becomes_of_faults_is_asked(place: Path) -> None:
+    (place / "train.jsonl").write_text(record("q", "a") + "broken\n")
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, "data")
+        await until(pilot, lambda: "1 fault, 1 record lost if they" in screen_text(pilot))
+        await pilot.press("tab", "down", "enter")
+        flow = pilot.app.flow  # type: ignore[attr-defined]
+        await until(pilot, lambda: flow.draft.get("data.faulty") == "drop")
+        await until(pilot, lambda: "1 fault, 1 record lost:" in screen_text(pilot))
+
+    drive(app_with_looker(VALUES), how)

@@ -12,10 +12,12 @@ from textual.widgets import Input
 from ms4_wizard import demo, project, writing
 from ms4_wizard.answers import Answers
 from ms4_wizard.paths import candidates, complete
+from ms4_wizard.screens.help import HelpScreen
 from ms4_wizard.screens.review import ReviewScreen
 from ms4_wizard.screens.step import StepScreen
+from ms4_wizard.screens.welcome import WelcomeScreen
 from tests.commands import CHECKOUT
-from tests.tui.driving import app_of, drive, screen_text, shown, until
+from tests.tui.driving import VALUES, app_of, drive, screen_text, shown, until
 
 
 def test_new_project(place: Path) -> None:
@@ -106,3 +108,27 @@ def test_completion_goes_as_far_as_all_agree(place: Path) -> None:
     assert not any("hidden" in path or "\x07" in path for path in candidates("", place))
     (place / "absolute").mkdir()
     assert complete(f"{place}/abs", place) == f"{place}/absolute/"
+
+
+def test_every_key_that_is_named_does_something(place: Path) -> None:
+    async def how(pilot: Pilot[list[str]]) -> None:
+        for key in ("question_mark", "f1"):
+            await pilot.press(key)
+            await until(pilot, lambda: isinstance(pilot.app.screen, HelpScreen))
+            await pilot.press("escape")
+            await until(pilot, lambda: isinstance(pilot.app.screen, WelcomeScreen))
+        await pilot.press("ctrl+n")
+        await until(pilot, lambda: isinstance(pilot.app.screen, StepScreen))
+
+    drive(app_of({"data": {"train": []}}, welcome=True), how)
+
+
+def test_the_palette_has_the_screens_in_their_order(place: Path) -> None:
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await pilot.press("ctrl+p")
+        await until(pilot, lambda: "Go to: Modality" in screen_text(pilot))
+        text = screen_text(pilot)
+        places = [text.index(f"Screen {number}") for number in (1, 2, 3, 4)]
+        assert places == sorted(places)
+
+    drive(app_of(VALUES), how)

@@ -160,6 +160,7 @@ def test_a_bad_record_says_what_is_wrong(record: Any, message: str) -> None:
 JSON_FAULTS = [
     ('{"messages": [}', r"not valid JSON: .* \(column 15\)"),
     ("{'messages': []}", r"not valid JSON: .* \(column 2\)"),
+    ('{"messages": [{}\n', r"not valid JSON: .* \(column 17\)"),
     ('{"a": NaN}', "NaN is not valid JSON"),
     ('{"a": [-Infinity]}', "-Infinity is not valid JSON"),
     ('{"a": 1e999}', "the number 1e999 is too large"),

@@ -242,6 +242,28 @@ def test_single_changes_before_pairs():
     assert {len(p.changes) for p in tight} == {2}
 
 
+@pytest.mark.parametrize(
+    ("experts", "budget", "wanted"),
+    [
+        ("fp8", 79, "model.experts: nf4 (rounds the experts)"),
+        ("bf16", 79, "model.experts: nf4 (rounds the experts)"),
+        ("bf16", 139, "model.experts: fp8 (the same values, a little slower)"),
+    ],
+)
+def test_experts_held_in_less_come_before_all_at_its_least(experts, budget, wanted):
+    run = make(model={"experts": experts}, train={"checkpointing": "full"})
+    found = fitting.proposals(run, FULL, "cuda", 500, budget * GIB)
+    assert found[0].changes == (wanted,)
+
+
+def test_all_at_its_least_names_what_changes():
+    run = make(model={"experts": "nf4"}, train={"micro_batch": 1, "optimizer": "adamw_8bit"})
+    told = " ".join(fitting.least(run, FULL, "cuda", 500).changes)
+    assert "adapters.rank: 1" in told
+    for same in ("model.experts", "micro_batch", "optimizer", "expert_rank"):
+        assert same not in told
+
+
 def test_sequence_is_not_cut_below_the_longest_sample():
     changes = list(fitting._changes(make(**GREEDY), 4096, "cuda"))
     assert ("data", {"sequence_length": 4096}, "the longest sample has 4096 tokens") in changes

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on
-from textual.app import App, SystemCommand
+from textual.app import SystemCommand
 from textual.binding import Binding, BindingType
 from textual.screen import Screen
 
 from ms4_wizard.drafts import Kept
 from ms4_wizard.go import Go
+from ms4_wizard.palette import Commands
 from ms4_wizard.preferences import Preferences
 from ms4_wizard.screens.welcome import WelcomeScreen
 from ms4_wizard.steps import STEPS
+from ms4_wizard.themes import ThemedApp
 
 if TYPE_CHECKING:  # configuration and planner come after the first frame
     from ms4_wizard.flow import Flow
@@ -34,16 +36,16 @@ OWN = {
 everything that needs a configuration: the first frame waits for Textual alone."""
 
 
-class WizardApp(App[list[str]]):
+class WizardApp(ThemedApp):
     """Asks, shows what it costs, and writes the project; returns what to say then, or None."""
 
     TITLE = "ms4"
     CSS_PATH = "wizard.tcss"
+    COMMANDS = {Commands}  # noqa: RUF012 - as Textual has it
     HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (70, "-middle"), (110, "-wide")]  # noqa: RUF012
     VERTICAL_BREAKPOINTS = [(0, "-low"), (30, "-high")]  # noqa: RUF012 - as Textual has them
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+q", "quit", "Quit", priority=True),
-        Binding("ctrl+t", "toggle_theme", "Light or dark", show=False, priority=True),
     ]
 
     def __init__(
@@ -61,13 +63,12 @@ class WizardApp(App[list[str]]):
             kept: a draft that was found: it is offered there.
             preferences: how the screens look; None: as they come, and not kept.
         """
-        super().__init__()
+        super().__init__(preferences)
         self._make = flow if callable(flow) else None
         self._flow = None if callable(flow) else flow
         self._prepared = False
         self._welcome = welcome or kept is not None
         self._kept = kept
-        self._preferences = preferences
 
     @property
     def flow(self) -> Flow:
@@ -79,8 +80,6 @@ class WizardApp(App[list[str]]):
 
     def on_mount(self) -> None:
         """A new project begins with the first question, one that exists with all its answers."""
-        if self._preferences is not None:
-            self.theme = self._preferences.theme()
         if self._welcome:
             self.push_screen(self._screen(-1))
             return
@@ -147,12 +146,6 @@ class WizardApp(App[list[str]]):
         while len(self.screen_stack) > 2:  # help, or another screen over a step
             self.pop_screen()
         self.switch_screen(self._screen(number))
-
-    def action_toggle_theme(self) -> None:
-        """Light or dark; it stays so the next time."""
-        self.theme = "textual-light" if self.current_theme.dark else "textual-dark"
-        if self._preferences is not None:
-            self._preferences.save(self.theme)
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """What the command palette offers."""

@@ -8,7 +8,7 @@ from threading import Event
 from typing import Any
 
 from ms4 import fitting, plan, spec
-from ms4.config import RunConfig
+from ms4.config import RunConfig, check
 from ms4.device import GIB, Device, DeviceKind, find_device, find_gpu
 from ms4.errors import Ms4Error
 from ms4_wizard.answers import Answers
@@ -159,7 +159,19 @@ def remedy(answers: Answers, found: Cost, longest: int | None = None) -> Remedy 
         for name, value in after[section].items()
         if value != before[section][name]
     }
-    return Remedy(values, " and ".join(offers[0].changes), offers[0].plan.peak)
+    # With `auto`, room that becomes free may go into a faster checkpointing: the peak is with that.
+    then = answers.configuration()
+    for field, value in values.items():
+        section, _, name = field.partition(".")
+        then = fitting.changed(then, section, **{name: value})
+    after_all = _planned(
+        check(then.model_dump(mode="json"), "the answers"),
+        found.dims,
+        found.kind,
+        found.device,
+        found.budget,
+    )
+    return Remedy(values, " and ".join(offers[0].changes), after_all.plan.peak)
 
 
 def refusal(answers: Answers, found: Cost) -> Ms4Error | None:

@@ -156,9 +156,8 @@ class Draft:
             fields = [question.field for step in STEPS for question in step.questions]
             for fault in error.errors():
                 location = ".".join(str(part) for part in fault["loc"])
-                message = fault["msg"].removeprefix("Value error, ")
-                if fault["type"] == "missing":
-                    message = "is needed"
+                message = _words(fault["type"], fault.get("ctx", {}))
+                message = message or fault["msg"].removeprefix("Value error, ")
                 for line in message.splitlines() or [""]:
                     # A check across fields begins with the name of the one to change.
                     place, colon, rest = line.partition(": ")
@@ -188,6 +187,28 @@ class Draft:
                 rest = {name: x for name, x in adapters.items() if name != "expert_rank"}
                 values = {**values, "adapters": rest}
         return values
+
+
+_WORDS = {
+    "missing": "is needed",
+    "int_parsing": "write a whole number",
+    "int_type": "write a whole number",
+    "int_from_float": "write a whole number",
+    "int_parsing_size": "write a smaller number",
+    "float_parsing": "write a number",
+    "float_type": "write a number",
+    "finite_number": "write a number",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be {le} or less",
+}
+"""What is wrong with a number, by the kind of fault, in the words of a person who asks."""
+
+
+def _words(kind: str, limits: Mapping[str, Any]) -> str:
+    told = {name: f"{x:g}" if isinstance(x, float) else x for name, x in limits.items()}
+    return _WORDS.get(kind, "").format_map(told)
 
 
 def _named(text: str) -> tuple[dict[str, str], str | None]:

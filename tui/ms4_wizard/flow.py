@@ -55,7 +55,8 @@ class Flow:
     def all_faults(self) -> str:
         """What is wrong with all answers, a line each."""
         faults = self.faults(files=True)
-        return "\n".join(f"{field}: {x}" if field else x for field, x in faults.items())
+        names = {field: QUESTIONS[field].name if field in QUESTIONS else field for field in faults}
+        return "\n".join(f"{names[field]}: {x}" if field else x for field, x in faults.items())
 
     def answers(self) -> Answers | str:
         """The answers as far as a plan needs them, or what is wrong with them."""
@@ -135,8 +136,6 @@ class Flow:
         answers = self.answers()
         if self.looker is None or isinstance(answers, str) or not self.draft.get("data.train"):
             return
-        if emit.missing_data(answers, Path.cwd()).get("data.train"):
-            return
         looker = self.looker
 
         def told() -> None:
@@ -146,7 +145,22 @@ class Flow:
                 if hasattr(screen, "look_changed") and screen.is_mounted:
                     screen.look_changed()
 
-        looker.start(answers, told, again)
+        # What is known of other data says nothing of data that is not there.
+        if missing := emit.missing_data(answers, Path.cwd()).get("data.train"):
+            looker.refuse(missing)
+            told()
+        else:
+            looker.start(answers, told, again)
+
+    def unread(self) -> str:
+        """Why nothing is known of the data, where nothing was looked at yet."""
+        answers = self.answers()
+        if not self.draft.get("data.train"):
+            return "Name the data: it is looked at here, as the model will see it."
+        if isinstance(answers, str):
+            wrong = answers.removeprefix("No plan yet. ")
+            return f"The data is looked at when the answers are right. {wrong}"
+        return "The data is looked at when the keys rest."
 
     def save(self) -> None:
         """Keep the draft: a terminal that is closed loses nothing."""

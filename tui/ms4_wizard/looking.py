@@ -63,17 +63,24 @@ class Looker:
             again: begin even so.
         """
         data = answers.data.model_dump(mode="json")
-        # Neither which samples are held out nor the packing changes what is shown.
-        data |= {"sequence_length": LONGEST, "test": {}, "holdout": 0.0}
-        key = json.dumps(data, sort_keys=True)
+        # Neither held-out samples, nor the packing, nor what becomes of faults changes it.
+        data |= {"sequence_length": LONGEST, "test": {}, "holdout": 0.0, "faulty": "error"}
+        # The tiny model has a tokenizer of its own.
+        wanted = {"data": data, "model": {"source": answers.model.source}}
+        key = json.dumps(wanted, sort_keys=True)
         if key == self._key and not again:
             return
         self.cancel()
         self._key = key
         look = self.look = Look()
-        self._task = asyncio.get_running_loop().create_task(self._read(look, data, told))
+        self._task = asyncio.get_running_loop().create_task(self._read(look, wanted, told))
 
-    async def _read(self, look: Look, data: dict[str, Any], told: Callable[[], None]) -> None:
+    def refuse(self, why: str) -> None:
+        """These data cannot be looked at, and what was known is of others."""
+        self.cancel()
+        self.look = Look("failed", error=why)
+
+    async def _read(self, look: Look, wanted: dict[str, Any], told: Callable[[], None]) -> None:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -93,7 +100,7 @@ class Looker:
         assert process.stderr is not None  # noqa: S101
         errors = asyncio.get_running_loop().create_task(process.stderr.read())
         with contextlib.suppress(OSError):
-            process.stdin.write(json.dumps({"data": data}).encode())
+            process.stdin.write(json.dumps(wanted).encode())
             process.stdin.close()
         async for line in process.stdout:
             with contextlib.suppress(ValueError):  # it was killed in the middle of a line

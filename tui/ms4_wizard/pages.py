@@ -14,6 +14,9 @@ PAGES: dict[str, str] = {
     "Thinking stands in the assistant's content as parts of type `thinking`. What the assistant "
     "says is trained; what it is told is not. Ctrl+O opens a file picker, Ctrl+E shows samples "
     "as the model sees them.",
+    "data.faulty": "A line that is cut off, a conversation without an answer, an unknown role. A "
+    "few of many are best left out; many of the same kind say that something is read wrong. "
+    "`ms4 data FILE` lists them all, with their lines and what to do.",
     "data.modality": "Under `text` a sample with an image is a fault. Under `text_vision` images "
     "go through the vision tower, which stays as it is; the text model learns from what it sees.",
     "data.reasoning": "Mistral Small 4 answers at once (`none`) or thinks first (`high`), as it is "

@@ -34,6 +34,17 @@ STEPS: tuple[Step, ...] = (
                 "Training data",
                 "Files of conversations, one path a line; JSONL chat messages are usual.",
             ),
+            Question(
+                "data.faulty",
+                "choice",
+                "What of records that cannot be used?",
+                "Most people mend them. The first ones are named at the right.",
+                (
+                    Choice("error", "the run stops before it trains, and lists them"),
+                    Choice("drop", "they are left out and listed"),
+                ),
+                label="Faulty records",
+            ),
         ),
     ),
     Step(

@@ -102,11 +102,13 @@ def _changes(config: RunConfig, longest: int, kind: DeviceKind) -> Iterator[Chan
         yield "train", {"loss_chunk": 256}, "a little slower"
     if kind == "cuda" and not train.offload_activations and train.checkpointing != "none":
         yield "train", {"offload_activations": True}, "copies to host memory, a little slower"
+    if config.model.experts == "bf16":
+        yield "model", {"experts": "fp8"}, "the same values, a little slower"
     if train.optimizer == "adamw":
         yield "train", {"optimizer": "adamw_8bit"}, "rounds the optimizer's moments"
     if adapters.dtype == "fp32":
         yield "adapters", {"dtype": "bf16"}, "rounds the adapters while they train"
-    if config.model.experts == "bf16":
+    if config.model.experts != "nf4":
         yield "model", {"experts": "nf4"}, "rounds the experts"
     half = config.data.sequence_length // 2
     if half >= max(longest, 16):
@@ -152,6 +154,7 @@ def least(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind, longest: i
         "data": {"sequence_length": min(config.data.sequence_length, max(16, longest))},
         "adapters": {"rank": 1, "expert_rank": None, "dtype": "bf16", "targets": (target,)},
     }
+    now = config.model_dump()
     found = []
     # BF16 experts need no scratch on CUDA, which can be less for a model of few layers.
     for experts in ("nf4", "bf16"):
@@ -159,8 +162,12 @@ def least(config: RunConfig, dims: spec.Dimensions, kind: DeviceKind, longest: i
         small = config
         for section, values in changes.items():
             small = changed(small, section, **values)
-        texts = tuple(_told(*change) for change in changes.items())
-        found.append(Proposal(texts, small, plan(small, dims, kind)))
+        texts = (
+            _told(section, {name: x for name, x in values.items() if x != now[section][name]})
+            for section, values in changes.items()
+        )
+        told = tuple(text for text in texts if text)
+        found.append(Proposal(told, small, plan(small, dims, kind)))
     return min(found, key=lambda proposal: proposal.plan.peak)
 
 

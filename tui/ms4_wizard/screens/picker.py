@@ -27,6 +27,14 @@ class PickerScreen(ModalScreen[str | None]):
         Binding("down", "list", "To the list"),
     ]
 
+    def __init__(self, begun: str = "") -> None:
+        """
+        Args:
+            begun: what was typed of the path so far.
+        """
+        super().__init__()
+        self._begun = begun
+
     def compose(self) -> ComposeResult:
         with Vertical(id="page") as page:
             page.border_title = "Pick a file"
@@ -37,8 +45,11 @@ class PickerScreen(ModalScreen[str | None]):
 
     def on_mount(self) -> None:
         """What is here."""
-        self._list("")
-        self.query_one("#path").focus()
+        self._list(self._begun)
+        line = self.query_one("#path", PathInput)
+        line.value = self._begun
+        line.cursor_position = len(self._begun)
+        line.focus()
 
     def _list(self, typed: str) -> None:
         options = self.query_one("#found", OptionList)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.text import Text
-from textual.content import Content
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -13,7 +12,7 @@ from ms4.errors import printable
 from ms4_wizard.looking import Look
 from ms4_wizard.screens.looking import LookingScreen
 from ms4_wizard.widgets.data import efforts
-from ms4_wizard.widgets.plan import WARNING
+from ms4_wizard.widgets.plan import warning
 
 
 class ReasoningScreen(LookingScreen):
@@ -31,7 +30,7 @@ class ReasoningScreen(LookingScreen):
         elif look.state == "reading":
             effect.update(Text("Reading the data under this effort…", "dim"))
         elif not look.found:
-            effect.update(Content.styled(printable(look.error), WARNING))
+            effect.update(warning(printable(look.error)))
         else:
             text = Text("Your data, so read:\n", "bold")
             for line in efforts(look):

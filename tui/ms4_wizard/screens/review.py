@@ -84,6 +84,13 @@ class ReviewScreen(PlanScreen):
     def on_screen_resume(self) -> None:
         """An answer may have been changed."""
         self.answers_changed()
+        self.flow.look(self.app)
+
+    def look_changed(self) -> None:
+        """What is computed follows from the data."""
+        looker = self.flow.looker
+        if looker is not None and looker.look is not None and looker.look.state == "done":
+            self.answers_changed()
 
     def answers_changed(self) -> None:
         """The draft has other answers: keep and show them."""
@@ -101,7 +108,7 @@ class ReviewScreen(PlanScreen):
             asked = [question for question in step.questions if draft.asks(question)]
             if not asked:
                 continue
-            options.add_option(Option(Text(step.title, "dim italic"), disabled=True))
+            options.add_option(Option(Text(step.title, "italic"), disabled=True))
             for question in asked:
                 # A line each, whatever is in it.
                 value = printable(draft.text(question)).replace("\n", ", ")

@@ -120,6 +120,9 @@ class StepScreen(PlanScreen):
         Binding("escape", "back", "Back"),
         Binding("f1", "help", "Help", key_display="?/F1"),
         Binding("question_mark", "help", "Help", show=False),
+        # Nothing at the right takes the focus: without these it would scroll by a mouse alone.
+        Binding("pagedown", "side(1)", "More at the right", show=False, priority=True),
+        Binding("pageup", "side(-1)", "Back up at the right", show=False, priority=True),
     ]
 
     def __init__(self, flow: Flow, number: int) -> None:
@@ -161,9 +164,27 @@ class StepScreen(PlanScreen):
     def on_screen_resume(self) -> None:
         """Another screen may have changed what this one shows: the plan, what is asked."""
         self._refresh()
+        self.flow.look(self.app)  # a draft that is gone on with; another model's tokenizer
         # Giving the first control the focus scrolled to it before there was a layout, and its
         # question out of sight.
         self.call_after_refresh(self.query_one("#questions").scroll_home, animate=False)
+
+    def look_changed(self) -> None:
+        """More is known of the data: steps, and what is computed, follow from it."""
+        looker = self.flow.looker
+        if looker is not None and looker.look is not None and looker.look.state == "done":
+            self.answers_changed()
+
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """What is at the right scrolls where it is cut; else the keys are the controls'."""
+        if action == "side":
+            return any(side.max_scroll_y > 0 for side in self.query("#side"))
+        return super().check_action(action, parameters)
+
+    def action_side(self, direction: int) -> None:
+        """Scroll what stands at the right, by half of what is seen of it."""
+        side = self.query_one("#side")
+        side.scroll_relative(y=direction * max(1, side.size.height // 2), animate=False)
 
     @on(Answer.Changed)
     def _changed(self, event: Answer.Changed) -> None:

@@ -11,6 +11,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from ms4_wizard.costs import Cost
+from ms4_wizard.draft import Draft
 from ms4_wizard.screens.step import StepScreen
 from ms4_wizard.suggest import Suggestion
 from ms4_wizard.widgets.answer import Answer
@@ -38,8 +39,9 @@ class TrainingScreen(StepScreen):
     @on(events.DescendantFocus)
     def _advise(self, event: events.DescendantFocus) -> None:
         for answer in self.query(Answer):
-            if answer in event.widget.ancestors and answer.question.form == "number":
-                self.query_one("#advice", Static).update(answer.question.advice)
+            if answer in event.widget.ancestors:  # a choice has its advice above it
+                number = answer.question.form == "number"
+                self.query_one("#advice", Static).update(answer.question.advice if number else "")
 
     def answers_changed(self) -> None:
         """What follows from a changed answer changes with it."""
@@ -48,20 +50,19 @@ class TrainingScreen(StepScreen):
 
     def show_extra(self, found: Cost | str) -> None:
         """Say which numbers are computed, and what the others would be."""
-        for field, suggestion in self.flow.suggestions().items():
-            answer = self._answer(field)
-            if answer is None or answer.question.form != "number":
+        suggestions = self.flow.suggestions()  # none while an answer is wrong
+        for answer in self.query(Answer):
+            field = answer.question.field
+            suggestion = suggestions.get(field)
+            if answer.question.form != "number":
                 continue
             if not self.flow.draft.given(field):
                 answer.show_note("computed")
-            elif self._same(field, suggestion):
+            elif suggestion is None or self._same(field, suggestion):
                 answer.show_note("")
             else:
                 wide = self.app.size.width >= 110
                 answer.show_note(f"{'computed:' if wide else '↺'} {written(suggestion.value)}")
-
-    def _answer(self, field: str) -> Answer | None:
-        return next((a for a in self.query(Answer) if a.question.field == field), None)
 
     def _same(self, field: str, suggestion: Suggestion) -> bool:
         try:
@@ -82,8 +83,8 @@ class TrainingScreen(StepScreen):
     def action_computed(self) -> None:
         """Take the computed value for the number that has the focus."""
         for answer in self.query(Answer):
-            field = answer.question.field
-            suggestion = self.flow.suggestions().get(field)
-            if answer.has_focus_within and suggestion is not None:
-                self.flow.draft.compute(field, suggestion.value)
+            if answer.has_focus_within:
+                field = answer.question.field
+                # In place of what is wrong, too: what follows from the others comes of its default.
+                self.flow.draft.compute(field, Draft({}).get(field))
                 self.answers_changed()

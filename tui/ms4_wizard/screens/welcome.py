@@ -35,12 +35,32 @@ INTRODUCTION = (
 PATHS = {"open": "Directory of the project", "file": "Answers file (YAML or JSON)"}
 """What the choices that need a path call it."""
 
+PAGE = (
+    ("title", "What to begin with"),
+    (
+        "text",
+        "New project: the questions, each with an answer that most people leave. Open a project: "
+        "one that was written before; only what you change is written again. From an answers "
+        "file: what `ms4-wizard --answers FILE` takes. The demo shows the whole pipeline on a CPU.",
+    ),
+    ("title", "Keys"),
+    ("text", "↑ ↓, then Enter or Space: choose. Tab and Shift+Tab: the next and the last control."),
+    ("text", "Ctrl+N: the next screen. Esc: the one before. Nothing that was typed is lost."),
+    ("text", "PageUp, PageDown: more of what stands at the right, where it is cut."),
+    ("text", "? or F1: the longer page of a question. Ctrl+P: any screen, by its name."),
+    ("text", "Ctrl+T: light or dark. Ctrl+Q: leave; the answers stay as a draft."),
+)
+"""What `?` shows here."""
+
 
 class WelcomeScreen(Screen[None]):
     """A draft, a new project, one that exists, an answers file, or the demo."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "list", "Back to the list", show=False),
+        Binding("ctrl+n", "next", "Next"),
+        Binding("f1", "help", "Help", key_display="?/F1"),
+        Binding("question_mark", "help", "Help", show=False),
         Binding("ctrl+q", "app.quit", "Quit"),
     ]
 
@@ -112,6 +132,21 @@ class WelcomeScreen(Screen[None]):
     def action_list(self) -> None:
         """The list again."""
         self.query_one("#begin").focus()
+
+    def action_next(self) -> None:
+        """Go on with what is marked, or with the path that was typed."""
+        begin = self.query_one("#begin", OptionList)
+        typed = self.query_one("#path", PathInput)
+        if typed.display and typed.value:
+            typed.post_message(Input.Submitted(typed, typed.value))
+        else:
+            begin.action_select()
+
+    def action_help(self) -> None:
+        """What can be begun with, and the keys of all screens."""
+        from ms4_wizard.screens.help import HelpScreen
+
+        self.app.push_screen(HelpScreen(list(PAGE)))
 
     @on(OptionList.OptionSelected)
     def _chosen(self, event: OptionList.OptionSelected) -> None:

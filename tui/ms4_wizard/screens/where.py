@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rich.text import Text
 from textual.content import Content
 from textual.suggester import SuggestFromList
 from textual.widget import Widget
@@ -52,18 +53,18 @@ class WhereScreen(StepScreen):
         fixed = self.query_one("#fixed", Static)
         fixed.display = slurm_chosen
         fixed.update(Content.assemble(("GPUs 1, nodes 1", "bold"), f": {ONE_GPU}."))
-        told: list[str | tuple[str, str]] = []
+        told = Text()
         slurm = Known.machine.slurm if Known.machine is not None else None
         if slurm_chosen and slurm is not None:
             for fault in self._faults(slurm):
-                told.append((f"{printable(fault)}\n", WARNING))
+                told.append(f"{printable(fault)}\n", WARNING)
             if slurm.partitions:
-                told.append(("Partitions here:\n", "bold"))
+                told.append("Partitions here:\n", "bold")
             for partition in slurm.partitions:
                 told.append(f"  {printable(described(partition))}\n")
         elif slurm_chosen and Known.machine is not None:
-            told.append(("No Slurm answers on this machine: names are not checked.", "dim"))
-        self.query_one("#cluster", Static).update(Content.assemble(*told))
+            told.append("No Slurm answers on this machine: names are not checked.", "dim")
+        self.query_one("#cluster", Static).update(told)
 
     def _faults(self, slurm: machine.Slurm) -> Iterable[str]:
         get = self.flow.draft.get

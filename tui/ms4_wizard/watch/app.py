@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-from textual.app import App
 from textual.binding import Binding, BindingType
 
+from ms4_wizard.preferences import Preferences
 from ms4_wizard.screens.run import RunScreen
+from ms4_wizard.themes import ThemedApp
 from ms4_wizard.watch.stages import Snapshot
 
 
@@ -31,7 +32,7 @@ def farewell(root: Path, last: Snapshot | None) -> list[str]:
     return told
 
 
-class WatchApp(App[list[str]]):
+class WatchApp(ThemedApp):
     """Shows a run; returns what to say afterwards."""
 
     ENABLE_COMMAND_PALETTE = False
@@ -45,8 +46,9 @@ class WatchApp(App[list[str]]):
         profile: str,
         start: bool = False,
         now: Callable[[], float] = time.time,
+        preferences: Preferences | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(preferences)
         self.root = root
         self.run_screen = RunScreen(root, profile, start, now)
 

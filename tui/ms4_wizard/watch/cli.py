@@ -51,9 +51,11 @@ def main(words: Sequence[str]) -> int:
                 "there is no terminal to show it on. `snakemake --profile local` in the project "
                 "runs it without one."
             )
+        from ms4_wizard.preferences import Preferences
         from ms4_wizard.watch.app import WatchApp
 
-        told = WatchApp(root, arguments.profile or profile_of(root), arguments.run).run()
+        profile = arguments.profile or profile_of(root)
+        told = WatchApp(root, profile, arguments.run, preferences=Preferences()).run()
         print(printable("\n".join(told or ())))
     except Ms4Error as error:
         print(printable(f"ms4-wizard watch: {error}"), file=sys.stderr)

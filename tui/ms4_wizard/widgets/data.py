@@ -44,13 +44,13 @@ def _count(number: int, noun: str) -> str:
 
 
 class _Picture:
-    def __init__(self, look: Look | None) -> None:
-        self._look = look
+    def __init__(self, look: Look | None, unread: str, stops: bool) -> None:
+        self._look, self._unread, self._stops = look, unread, stops
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         look, width = self._look, options.max_width
         if look is None:
-            yield Text("Name the data: it is looked at here, as the model will see it.", "dim")
+            yield Text(self._unread, "dim")
             return
         if look.state == "reading":
             yield Text("Reading the data…")
@@ -99,10 +99,14 @@ class _Picture:
             )
         faults = found["fault_count"]
         if faults:
-            lost = _count(found["dropped"], "record")
-            yield Text(f"{_count(faults, 'fault')}, {lost} lost:", "bold red")
-            for fault in found["faults"][:5]:
+            lost = f"{_count(found['dropped'], 'record')} lost"
+            told = f"{lost} if they are left out" if self._stops else lost
+            yield Text(f"{_count(faults, 'fault')}, {told}:", "bold red")
+            shown = found["faults"][:5]
+            for fault in shown:
                 yield Text(printable(fault), "red")
+            if faults > len(shown):
+                yield Text("`ms4 data FILE` lists all of them.", "dim")
         else:
             yield Text("no faults", "green")
 
@@ -110,6 +114,12 @@ class _Picture:
 class DataPanel(Static):
     """Shows a look at the data."""
 
-    def show(self, look: Look | None) -> None:
-        """Redraw."""
-        self.update(_Picture(look))
+    def show(self, look: Look | None, unread: str, stops: bool) -> None:
+        """Redraw.
+
+        Args:
+            look: what is known of the data; None: nothing yet.
+            unread: what to say then.
+            stops: the run stops at a faulty record.
+        """
+        self.update(_Picture(look, unread, stops))

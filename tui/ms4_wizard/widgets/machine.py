@@ -8,7 +8,6 @@ from typing import ClassVar
 from rich.table import Table
 from rich.text import Text
 from textual.binding import Binding, BindingType
-from textual.content import Content
 from textual.message import Message
 from textual.widgets import OptionList, Static
 from textual.widgets.option_list import Option
@@ -17,7 +16,7 @@ from ms4.errors import printable
 from ms4_wizard.draft import Draft
 from ms4_wizard.machine import Machine, Slurm
 from ms4_wizard.targets import Target, targets
-from ms4_wizard.widgets.plan import WARNING
+from ms4_wizard.widgets.plan import warning
 
 
 def facts(found: Machine) -> Iterator[tuple[str, str]]:
@@ -65,7 +64,7 @@ class MachineFacts(Static):
     def show(self, found: Machine | None) -> None:
         """Draw another machine; None: not known yet."""
         if found is None:
-            self.update(Content.styled("Looking at the machine…", WARNING))
+            self.update(warning("Looking at the machine…"))
             return
         table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(style="bold", no_wrap=True)

@@ -9,7 +9,6 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
-from textual.content import Content
 from textual.widgets import Static
 
 from ms4.device import GIB
@@ -29,8 +28,8 @@ LOOKS = (
     ("▓", "#a0588f"),
 )
 OTHER = ("░", "#808080")
-WARNING = "$text-warning"
-"""Of the theme: plain yellow cannot be read on a light one."""
+WARNING = "yellow"
+"""By its name: each theme has its own, see `themes`. Textual's `$text-warning` is weak on light."""
 OVER = ("╳", "bold red")
 FREE = ("·", "dim")
 COMPACT_ROWS = 6
@@ -38,6 +37,12 @@ COMPACT_ROWS = 6
 HIGH_ROWS = 12
 LOW = 30
 """Rows of a screen that is low."""
+
+
+def warning(text: str) -> Text:
+    """A sentence in the colour of warnings, as a widget's content: of a whole text's style Textual
+    would take the name for that of CSS, which no theme changes."""
+    return Text.assemble((text, WARNING))
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ def scale_line(peak: int, budget: int | None, width: int) -> Text:
 def verdict(found: Cost) -> Text:
     """Whether it fits, in words."""
     if found.budget is None:
-        return Text("No budget is given.", "yellow")
+        return Text("No budget is given.", WARNING)
     left = found.budget - found.plan.peak
     if left >= 0:
         return Text(f"fits: {size(left)} left of {size(found.budget)}", "green")
@@ -162,7 +167,7 @@ class Picture:
                 ("Ctrl+F", "bold reverse"), f" {self._fix.told}: {size(self._fix.peak)}"
             )
         elif self._fix is not None:
-            yield Text(self._fix, "yellow")
+            yield Text(self._fix, WARNING)
         if self._wordy:
             yield Text("")
         if self._speed is not None:
@@ -196,7 +201,7 @@ class PlanPanel(Static):
             fix: what makes it fit, or a sentence about that.
         """
         if isinstance(found, str):
-            self.update(Content.styled(found, WARNING))
+            self.update(warning(found))
             return
         wordy = self.app.size.height >= LOW
         rows = HIGH_ROWS if wordy else COMPACT_ROWS - (fix is not None)

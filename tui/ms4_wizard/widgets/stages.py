@@ -39,7 +39,9 @@ def line(stage: Stage, width: int) -> Text:
         state = (
             f"job {stage.slurm_job}" if stage.state == "running" else f"{state} {stage.slurm_job}"
         )
-    text = Text.assemble((f"{mark} ", style), (f"{stage.name:<11}", style), (state, "dim"))
+    # The name is in the list's own colour: no other can be read on the bar of the chosen one, too.
+    plain = " ".join(word for word in style.split() if word in ("bold", "dim"))
+    text = Text.assemble((f"{mark} ", style), (f"{stage.name:<11}", plain), (state, "dim"))
     text.truncate(max(width - len(time) - 1, 0), pad=True)
     text.append(f" {time}")
     return text

@@ -27,7 +27,7 @@ def parse_json(text: str, changed: Counter[str] | None = None) -> Any:
     """
     try:
         value = json.loads(
-            text,
+            text.rstrip("\r\n"),  # else a line that ends too early has its fault in the next one
             object_pairs_hook=_object_of_unique_keys,
             parse_constant=_refuse_constant,
             parse_float=_finite,

@@ -109,7 +109,8 @@ def read_settings(
 
 
 def tokenizer(path: Path | None, config: RunConfig) -> Chat:
-    """The tokenizer of a file, else of the project's weights, else of mistral-common.
+    """The tokenizer of a file, else of the project's weights, else the one that they will bring:
+    of mistral-common, for the tiny model with its few words.
 
     Raises:
         Ms4Error: it cannot be loaded.
@@ -123,7 +124,10 @@ def tokenizer(path: Path | None, config: RunConfig) -> Chat:
         return load_chat(config.data)
     with tempfile.TemporaryDirectory(prefix="ms4-") as directory:
         made = Path(directory) / "tekken.json"
-        write_tekken(made)
+        if config.model.source == "tiny":
+            write_tekken(made, vocabulary=spec.TINY.vocabulary)
+        else:
+            write_tekken(made)
         return Chat(made, largest)
 
 
