@@ -1,10 +1,11 @@
 """Stage verify: is the base what the model's table says, what the source says, and a good model?
 
-Keys, dtypes, shapes and hashes are compared exactly, for every tensor. A sample of the tensors is
-recomputed from the source by another path than the converter's, and the source is scanned for codes
-and scales that are no numbers. Then the loss of a text is taken under both candidates for the
-softmax scale: which one a checkpoint was trained with cannot be seen from its weights, and training
-on the wrong one gives a model that is a little worse everywhere. Nothing is ever changed here.
+Keys, dtypes, shapes and hashes are compared exactly, for every tensor, and the source's files with
+the hashes that were recorded when they came. A sample of the tensors is recomputed from the source
+by another path than the converter's, and the source is scanned for codes and scales that are no
+numbers. Then the loss of a text is taken under both candidates for the softmax scale: which one a
+checkpoint was trained with cannot be seen from its weights, and training on the wrong one gives a
+model that is a little worse everywhere. Nothing is ever changed here.
 """
 
 from __future__ import annotations
@@ -16,14 +17,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text as Line
 
 from ms4 import spec
 from ms4.config import RunConfig
@@ -32,6 +30,7 @@ from ms4.manifest import read_json, read_manifest, write_manifest
 from ms4.weights import checks, texts
 from ms4.weights.base import manifest_of
 from ms4.weights.convert import BASE, MANIFEST, OWN_MANIFEST, SOURCE
+from ms4.weights.findings import SCALES, Findings, Losses, Verdict, print_findings
 from ms4.weights.layerwise import BaseWeights, SourceWeights, token_losses
 from ms4.weights.layouts import Layout, Source, find_layout
 from ms4.weights.meter import Meter
@@ -42,7 +41,6 @@ from ms4.weights.tables import STORAGES
 from ms4.weights.texts import Text
 
 OUTPUT = Path("results/verify.json")
-SCALES = ("plain", "yarn")
 MARGIN = 0.05
 """Nats per token by which the other scale's loss must be lower before it counts."""
 ERRORS = 4.0
@@ -51,57 +49,6 @@ PREDICTED = 0.7
 """Share of ln(vocabulary), which guessing costs, that the better loss must be below."""
 _SHOWN = 20
 """Faults that the error shows."""
-
-Verdict = Literal["holds", "other", "unpredicted", "skipped"]
-"""The configured softmax scale holds; the other one is clearly better; the model does not predict
-the text, so that no loss says anything; there is no tokenizer to take a loss with."""
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Nats per token of one text under both softmax scales."""
-
-    text: str
-    tokens: int
-    """Of which the loss is the mean."""
-    plain: float
-    yarn: float
-    difference: float
-    """The other scale's loss less that of the base's own."""
-    standard_error: float
-    """Of that difference, from the differences of the single tokens."""
-    exact: float | None = None
-    """Loss of the source's exact BF16 weights under the base's own scale, where it was taken."""
-    added: float | None = None
-    """What the base's storage adds to it."""
-
-
-@dataclass
-class Findings:
-    """What verify has to say; as JSON, the keys of its file."""
-
-    directory: str
-    experts: str
-    """How the routed experts are stored."""
-    softmax_scale: str
-    """The one that the base was made for."""
-    parameters: int
-    tensors: int = 0
-    """Of the base, as they are in its files."""
-    scanned: int = 0
-    """Files of the source that were scanned."""
-    recomputed: dict[str, float] = field(default_factory=dict)
-    """Norm-wise error of the sampled parameters."""
-    losses: Losses | None = None
-    verdict: Verdict = "skipped"
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """What was left out, and what is odd without being a fault."""
-
-    @property
-    def other(self) -> str:
-        """The softmax scale that the base was not made for."""
-        return SCALES[1 - SCALES.index(self.softmax_scale)]
 
 
 def sample(source: Source) -> list[spec.Tensor]:
@@ -156,6 +103,23 @@ class _Examination:
             self.config, self.dims, self.found.softmax_scale
         )
         return checks.file_faults(self.manifest, self.target, self.threads)
+
+    def source_files(self, directory: Path, record: Mapping[str, Any]) -> None:
+        """Hash the source: a base that was made of damaged files is as damaged as they are."""
+        if not record:
+            self.found.notes.append(
+                f"{directory}: no manifest of `ms4 fetch` says what its files were when they came, "
+                "so none was compared with its SHA-256"
+            )
+            return
+        own, inside = record.get("origin") == "local", self.path.parent == self.target
+        mend = (
+            f"{'Put it back as it was' if own else 'Remove it'}, remove the base that was made of "
+            f"it ({self.target}{'' if inside else f' and {self.path}'}), and run `ms4 fetch` and "
+            "`ms4 descale` again."
+        )
+        self.found.hashed, faults = checks.source_file_faults(record, directory, mend, self.threads)
+        self.found.faults += faults
 
     def source(self, source: Source, damaged: dict[str, str]) -> None:
         """Scan the source and recompute a sample; say of damaged files what differs in them."""
@@ -268,6 +232,7 @@ def examine(
     directory: Path | None,
     *,
     origin: Mapping[str, Any],
+    record: Mapping[str, Any],
     threads: int,
 ) -> Findings:
     """Everything that verify looks at.
@@ -276,7 +241,8 @@ def examine(
         target: directory of the base.
         manifest: of the stage descale.
         directory: of the source; None: there is none.
-        origin: the source's manifest; empty outside a project.
+        origin: manifest of the source that the base was made from; empty if there is none.
+        record: manifest that has the hashes of the files in `directory`; empty if there is none.
         threads: that read and compare.
 
     Raises:
@@ -285,6 +251,8 @@ def examine(
     under = _Examination(target, manifest, threads)
     found = under.found
     damaged = under.base()
+    if directory is not None and directory.is_dir():
+        under.source_files(directory, record)
     with _opened(directory, under.layout, found) as source:
         if source is not None:
             under.source(source, damaged)
@@ -311,65 +279,6 @@ def examine(
         else:
             under.losses(source, text)
     return found
-
-
-# What a person sees.
-
-_VERDICTS: dict[Verdict, str] = {
-    "holds": "`{own}` holds: `{other}` is not clearly better",
-    "other": "`{other}` is clearly better than `{own}`, which the base was made for",
-    "unpredicted": "none: the model does not predict this text",
-    "skipped": "none: no loss was taken",
-}
-
-
-def _rows(found: Findings) -> Iterator[tuple[str, str]]:
-    yield (
-        "tensors",
-        f"{found.tensors:,} ({found.parameters:,} parameters, experts in {found.experts})",
-    )
-    yield "source", f"{found.scanned} files scanned" if found.scanned else "not scanned"
-    if found.recomputed:
-        worst = max(found.recomputed.values())
-        what = f"largest error {worst:.2%}" if worst else "all exact"
-        yield "recomputed", f"{len(found.recomputed)} parameters from the source: {what}"
-    if (losses := found.losses) is not None:
-        for scale, loss in zip(SCALES, (losses.plain, losses.yarn), strict=True):
-            mark = " (the base's)" if scale == found.softmax_scale else ""
-            yield f"loss, {scale}{mark}", f"{loss:.4f} nats per token"
-        yield (
-            "difference",
-            f"{losses.difference:+.4f} ± {losses.standard_error:.4f} on {losses.tokens} tokens of "
-            f"{losses.text}",
-        )
-        if losses.exact is not None:
-            yield (
-                "loss, exact BF16",
-                f"{losses.exact:.4f}: {found.experts} adds {losses.added:+.4f}",
-            )
-    verdict = _VERDICTS[found.verdict].format(own=found.softmax_scale, other=found.other)
-    yield "softmax scale", verdict
-    yield "faults", str(len(found.faults)) if found.faults else "none"
-
-
-def print_findings(found: Findings) -> None:
-    """The findings as a table on standard output."""
-    console = Console()
-    table = Table(
-        title=f"Check of {found.directory}",
-        show_header=False,
-        box=None,
-        title_justify="left",
-        padding=(0, 2, 0, 0),
-    )
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    bad = {"faults": bool(found.faults), "softmax scale": found.verdict == "other"}
-    for name, value in _rows(found):
-        table.add_row(name, Line(value, style="bold red" if bad.get(name) else ""))
-    console.print(table)
-    for note in found.notes:
-        console.print(Line(f"  - {note}"), soft_wrap=True)
 
 
 def insist(found: Findings, manifest: Path) -> None:
@@ -412,7 +321,8 @@ def run_stage(config: RunConfig) -> None:
     origin = read_manifest(SOURCE, "fetch")
     threads = config.run.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = examine(BASE, MANIFEST, Path(origin["directory"]), origin=origin, threads=threads)
+    directory = Path(origin["directory"])
+    found = examine(BASE, MANIFEST, directory, origin=origin, record=origin, threads=threads)
     print_findings(found)
     if found.faults or found.verdict == "other":
         OUTPUT.unlink(missing_ok=True)  # what it vouched for is no longer so
@@ -424,6 +334,22 @@ def run_stage(config: RunConfig) -> None:
         inputs=[MANIFEST],
         **asdict(found),
     )
+
+
+def _record_of(directory: Path, target: Path) -> dict[str, Any]:
+    """The manifest that `ms4 fetch` left of the source in `directory`, empty if there is none: in
+    it, beside it in a project, or, of a source that was read in place, beside the base."""
+    name, beside, base = SOURCE.name, directory.resolve().parent, target.resolve().parent
+    places = ((directory, directory), (beside, beside.parent), (base, base), (base, base.parent))
+    for place, root in places:
+        try:
+            record = read_manifest(place / name, "fetch")
+            found = root / record["directory"]
+        except (Ms4Error, KeyError, TypeError):  # a file of that name may be anything
+            continue
+        if found.resolve() == directory.resolve():
+            return record
+    return {}
 
 
 def verify_directory(target: Path, source: Path | None, *, as_json: bool) -> None:
@@ -446,12 +372,22 @@ def verify_directory(target: Path, source: Path | None, *, as_json: bool) -> Non
         target = target.resolve()
     manifest = manifest_of(target)
     fetched: dict[str, Any] = {}
+    record: dict[str, Any] = {}
     # Beside a project's `weights/base.json`, for `weights/base/`.
     if manifest.parent != target and manifest.with_name(SOURCE.name).is_file():
         fetched = read_manifest(manifest.with_name(SOURCE.name), "fetch")
         if source is None:
-            source = manifest.absolute().parent.parent / fetched["directory"]
-    found = examine(target, manifest, source, origin=fetched, threads=torch.get_num_threads())
+            source, record = manifest.absolute().parent.parent / fetched["directory"], fetched
+    if source is not None and not record:
+        record = _record_of(source, target)
+    found = examine(
+        target,
+        manifest,
+        source,
+        origin=fetched or record,
+        record=record,
+        threads=torch.get_num_threads(),
+    )
     if as_json:
         json.dump(asdict(found), sys.stdout, indent=2, ensure_ascii=False)
         print()
