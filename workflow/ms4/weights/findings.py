@@ -120,4 +120,5 @@ def print_findings(found: Findings) -> None:
         table.add_row(name, Line(value, style="bold red" if bad.get(name) else ""))
     console.print(table)
     for note in found.notes:
-        console.print(Line(f"  - {note}"), soft_wrap=True)
+        style = "bold yellow" if note.startswith("warning: ") else ""
+        console.print(Line(f"  - {note}", style=style), soft_wrap=True)

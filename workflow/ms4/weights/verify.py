@@ -71,6 +71,31 @@ def judge(own_C: torch.Tensor, other_C: torch.Tensor, vocabulary: int) -> Verdic
     return "other" if gain > MARGIN and gain > ERRORS * error else "holds"
 
 
+def tell_unpredicted(found: Findings, dims: spec.Dimensions) -> None:
+    """Say that a model predicts nothing: a fault of one of the published sizes, which is trained;
+    of any other, which may be a model that nobody has taught yet, a warning.
+
+    Args:
+        found: with losses; gets the fault or the note.
+        dims: sizes of the model.
+    """
+    if (losses := found.losses) is None or found.verdict != "unpredicted":
+        return
+    guessing = math.log(dims.vocabulary)
+    what = (
+        f"{losses.text} costs {min(losses.plain, losses.yarn):.2f} nats per "
+        f"token, and guessing {guessing:.2f}: the model predicts next to nothing (a trained one "
+        f"stays below {PREDICTED * guessing:.2f})"
+    )
+    if dims == spec.Dimensions():
+        found.faults.append(
+            f"{found.directory}: {what}, so its weights are broken, whatever their hashes say. "
+            "Fetch them from their publisher, and convert those."
+        )
+    else:
+        found.notes.append(f"warning: {what}; is it trained? Its softmax scale cannot be judged")
+
+
 def standard_error(values_C: torch.Tensor) -> float:
     """Of the mean of these values."""
     return float(values_C.std()) / math.sqrt(len(values_C))
@@ -204,6 +229,7 @@ class _Examination:
             exact=None if exact is None else round(exact, 4),
             added=None if exact is None else round(means[own] - exact, 4),
         )
+        tell_unpredicted(self.found, self.dims)
 
 
 @contextmanager
