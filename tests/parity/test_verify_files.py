@@ -120,3 +120,50 @@ def test_a_flipped_byte_of_the_base(project, capsys):
     assert main(["verify", BASE]) == 2
     _, err = capsys.readouterr()
     assert f"{BASE}/layer-02.safetensors: its content differs from its SHA-256" in err
+
+
+def test_the_findings_go_to_a_file(project, tmp_path, capsys):
+    """Beside the table or the JSON on the screen; of a base with faults too."""
+    file = tmp_path / "new/findings.json"
+    assert main(["verify", BASE, "--output", str(file)]) == 0
+    assert "4 files scanned" in capsys.readouterr().out
+    written = json.loads(file.read_text())
+    code, found, _ = as_json(capsys, BASE, "--output", file)
+    assert (code, written) == (0, found)
+    assert file.read_text().endswith("}\n")
+    assert [path.name for path in file.parent.iterdir()] == ["findings.json"]
+    flip(project / BASE / "layer-02.safetensors")
+    code, found, _ = as_json(capsys, BASE, "--output", file)
+    assert code == 2
+    assert len(json.loads(file.read_text())["faults"]) == len(found["faults"]) == 1
+
+
+def held(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("weights", "weights: is a directory; give the name of a new file"),
+        (f"{BASE}/config.json", "config.json: belongs to what is to be verified"),
+        (f"{BASE}/new.json", "new.json: belongs to what is to be verified"),
+        ("weights/base.json", "base.json: belongs to what is to be verified"),
+        ("published/config.json", "config.json: belongs to what is to be verified"),
+        ("file/findings.json", "cannot be written ("),
+        ("file/new/findings.json", "cannot be written ("),
+    ],
+)
+def test_a_place_for_the_findings_that_is_none(project, source, capsys, output, message):
+    (project / "file").touch()
+    before = held(project)
+    assert main(["verify", BASE, "--output", output]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert not out  # before anything was looked at
+    assert held(project) == before
+
+
+def test_the_stage_has_its_own_file(project, capsys):
+    assert main(["verify", "--output", "findings.json"]) == 2
+    assert "lacks target: ms4 verify TARGET" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ import torch
 from ms4 import spec
 from ms4.config import RunConfig
 from ms4.errors import Ms4Error
-from ms4.manifest import read_json, read_manifest, write_manifest
+from ms4.manifest import read_json, read_manifest, write_json, write_manifest
 from ms4.weights import checks, texts
 from ms4.weights.base import manifest_of
 from ms4.weights.convert import BASE, MANIFEST, OWN_MANIFEST, SOURCE
@@ -36,7 +37,7 @@ from ms4.weights.layouts import Layout, Source, find_layout
 from ms4.weights.meter import Meter
 from ms4.weights.recompute import decode_e4m3 as decode_e4m3
 from ms4.weights.recompute import recompute as recompute
-from ms4.weights.shards import Reader
+from ms4.weights.shards import Reader, writable
 from ms4.weights.tables import STORAGES
 from ms4.weights.texts import Text
 
@@ -378,19 +379,39 @@ def _record_of(directory: Path, target: Path) -> dict[str, Any]:
     return {}
 
 
-def verify_directory(target: Path, source: Path | None, *, as_json: bool) -> None:
+def _check_output(output: Path, *read: Path | None) -> None:
+    """Whether the findings can go there, before hours are spent on them.
+
+    Raises:
+        Ms4Error: it is no place for a file, or one that is read here.
+    """
+    if output.is_dir() or any(
+        path is not None and output.resolve().is_relative_to(path.resolve()) for path in read
+    ):
+        fault = "is a directory" if output.is_dir() else "belongs to what is to be verified"
+        raise Ms4Error(f"--output: {output}: {fault}; give the name of a new file elsewhere.")
+    with writable(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output.parent):
+            pass
+
+
+def verify_directory(
+    target: Path, source: Path | None, *, as_json: bool, output: Path | None = None
+) -> None:
     """`ms4 verify TARGET`: of a base outside a project, or of a project's `weights/base`.
 
-    Nothing is written: the findings go to standard output, as a table or as JSON.
+    The findings go to standard output, as a table or as JSON, and to a file if one is named.
 
     Args:
         target: directory of the base.
         source: of the FP8 checkpoint that it was made from; in a project, the project's own if it
             is not given.
         as_json: print the findings as JSON and nothing else.
+        output: file for the findings as JSON, those of a base with faults too.
 
     Raises:
-        Ms4Error: something is wrong; with `as_json` the findings are printed before.
+        Ms4Error: something is wrong; the findings are printed and written before.
     """
     if not target.is_dir():
         raise Ms4Error(f"{target}: no such directory; give one that `ms4 descale` has made.")
@@ -404,6 +425,8 @@ def verify_directory(target: Path, source: Path | None, *, as_json: bool) -> Non
         fetched = read_manifest(manifest.with_name(SOURCE.name), "fetch")
         if source is None:
             source, record = manifest.absolute().parent.parent / fetched["directory"], fetched
+    if output is not None:
+        _check_output(output, target, source, manifest)
     if source is not None and not record:
         record = _record_of(source, target)
     found = examine(
@@ -414,6 +437,9 @@ def verify_directory(target: Path, source: Path | None, *, as_json: bool) -> Non
         record=record,
         threads=torch.get_num_threads(),
     )
+    if output is not None:
+        with writable(output):
+            write_json(output, asdict(found))
     if as_json:
         json.dump(asdict(found), sys.stdout, indent=2, ensure_ascii=False)
         print()
