@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -205,6 +206,7 @@ def test_what_a_good_base_gives(bases, capsys):
     exact = json.loads((bases["bf16"] / "results/verify.json").read_text())
     assert (found["stage"], found["tensors"], found["parameters"]) == ("verify", 111, 2_203_776)
     assert (found["faults"], found["verdict"]) == ([], "unpredicted")
+    assert sum(note.startswith("warning: ") for note in found["notes"]) == 1
     kinds = {"experts": 2, "attention": 5, "shared": 3, "norm": 5, "router": 1}
     for role, count in kinds.items():
         tensors = [t.disk for t in spec.tensors(spec.TINY) if t.role == role]
@@ -244,6 +246,7 @@ def test_the_table_on_the_screen(bases, capsys):
     assert "loss, plain (the base's)" in out
     assert "loss, exact BF16" in out
     assert "none: the model does not predict this text" in out
+    assert "  - warning: " in out
 
 
 @pytest.mark.slow
@@ -352,6 +355,36 @@ def test_when_the_other_scale_is_clearly_better():
     assert verify.judge(tokens(3.0, 0), tokens(2.9, 3.2), V) == "holds"
     assert verify.judge(tokens(11.0, 1), tokens(9.0, 1), V) == "unpredicted"  # of ln V = 11.8
     assert verify.judge(tokens(float("nan"), 1), tokens(2.0, 1), V) != "holds"
+
+
+def unpredicted(dims):
+    losses = verify.Losses("prose", 400, plain=11.5, yarn=11.25, difference=-1, standard_error=0.1)
+    found = verify.Findings("base", "nf4", "plain", 1, losses=losses, verdict="unpredicted")
+    verify.tell_unpredicted(found, dims)
+    return found
+
+
+def test_a_published_model_that_predicts_nothing_is_a_fault(tmp_path):
+    found = unpredicted(spec.Dimensions())
+    with pytest.raises(Ms4Error, match=r"costs 11\.25 nats per token, and guessing 11\.78") as e:
+        verify.insist(found, tmp_path / "base.json")
+    assert "its weights are broken" in str(e.value)
+    assert found.notes == []
+
+
+@pytest.mark.parametrize("dims", [spec.TINY, replace(spec.Dimensions(), layers=35)])
+def test_another_model_that_predicts_nothing_is_a_warning(dims, tmp_path):
+    found = unpredicted(dims)
+    verify.insist(found, tmp_path / "base.json")
+    (note,) = found.notes
+    assert note.startswith("warning: prose costs 11.25 nats per token")
+
+
+@pytest.mark.parametrize("verdict", ["holds", "skipped"])
+def test_only_the_verdict_makes_it_one(verdict):
+    found = verify.Findings("base", "nf4", "plain", 1, verdict=verdict)
+    verify.tell_unpredicted(found, spec.Dimensions())
+    assert (found.faults, found.notes) == ([], [])
 
 
 def found_other(directory, manifest):

@@ -54,7 +54,8 @@ STAGE_USAGE = {
     "[--layout hf|native] [--convert bf16|nf4|fp8] [--free-source]",
     "descale": "ms4 descale [--config FILE]\n       ms4 descale SOURCE TARGET --to bf16|nf4|fp8 "
     "[--softmax-scale plain|yarn]",
-    "verify": "ms4 verify [--config FILE]\n       ms4 verify TARGET [--source SOURCE] [--json]",
+    "verify": "ms4 verify [--config FILE]\n       ms4 verify TARGET [--source SOURCE] [--json] "
+    "[--output FILE]",
     "plan": "ms4 plan [--config FILE]\n       ms4 plan [--config FILE] [--set KEY=VALUE ...] "
     "[--budget GIB] [--json]",
 }
@@ -87,6 +88,9 @@ def _verify_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("target", nargs="?", type=Path, metavar="TARGET", help="converted base")
     command.add_argument("--source", type=Path, help="the FP8 checkpoint that it was made from")
     command.add_argument("--json", action="store_true", help="print the findings as JSON")
+    command.add_argument(
+        "--output", type=Path, metavar="FILE", help="write the findings to this file, as JSON"
+    )
 
 
 def _plan_arguments(command: argparse.ArgumentParser) -> None:
@@ -209,7 +213,10 @@ def _run_alone(arguments: argparse.Namespace) -> bool:
             )
         else:
             importlib.import_module("ms4.weights.verify").verify_directory(
-                arguments.target, arguments.source, as_json=arguments.json
+                arguments.target,
+                arguments.source,
+                as_json=arguments.json,
+                output=arguments.output,
             )
     return True
 

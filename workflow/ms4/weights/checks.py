@@ -117,25 +117,36 @@ def settings_faults(config: Mapping[str, Any], dims: spec.Dimensions, scale: str
 
 def file_faults(manifest: Mapping[str, Any], target: Path, threads: int) -> dict[str, str]:
     """Compare the base's files with its manifest, SHA-256 included: file → fault."""
+    entries = manifest["files"]
+    missing = {
+        entry["path"]: f"{target / entry['path']}: is missing"
+        for entry in entries
+        if not (target / entry["path"]).is_file()
+    }
+    whole = [entry for entry in entries if entry["path"] not in missing]
+    return missing | _content_faults(whole, target, threads, "hash the base")
+
+
+def _content_faults(
+    entries: Sequence[Mapping[str, Any]], directory: Path, threads: int, label: str
+) -> dict[str, str]:
+    """Compare files that are there with their entries in a manifest: file → fault."""
     faults: dict[str, str] = {}
     whole = []
-    for entry in manifest["files"]:
-        path = target / entry["path"]
-        if not path.is_file():
-            faults[entry["path"]] = f"{path}: is missing"
-        elif path.stat().st_size != entry["size"]:
-            faults[entry["path"]] = (
-                f"{path}: has {path.stat().st_size} bytes instead of {entry['size']}"
-            )
-        else:
+    for entry in entries:
+        path = directory / entry["path"]
+        if path.stat().st_size == entry["size"]:
             whole.append(entry)
+        else:
+            size = path.stat().st_size
+            faults[entry["path"]] = f"{path}: has {size} bytes instead of {entry['size']}"
     with (
-        Meter("hash the base", sum(entry["size"] for entry in whole)) as meter,
+        Meter(label, sum(entry["size"] for entry in whole)) as meter,
         ThreadPoolExecutor(threads) as pool,
     ):
 
         def digest(entry: Mapping[str, Any]) -> str:
-            path, digest = target / entry["path"], hashlib.sha256()
+            path, digest = directory / entry["path"], hashlib.sha256()
             with readable(path), path.open("rb") as file:
                 while block := file.read(_BLOCK):
                     digest.update(block)
@@ -144,7 +155,7 @@ def file_faults(manifest: Mapping[str, Any], target: Path, threads: int) -> dict
 
         for entry, found in zip(whole, pool.map(digest, whole), strict=True):
             if found != entry["sha256"]:
-                path = target / entry["path"]
+                path = directory / entry["path"]
                 faults[entry["path"]] = f"{path}: its content differs from its SHA-256"
     return faults
 
@@ -165,6 +176,28 @@ def differing(source: Source, target: Path, piece: str, to: str) -> str:
 
 
 # The source.
+
+
+def source_file_faults(
+    record: Mapping[str, Any], directory: Path, mend: str, threads: int
+) -> tuple[int, list[str]]:
+    """Compare the source's files that are here with the hashes that were recorded when they came.
+
+    Args:
+        record: the manifest of the stage fetch.
+        directory: of the source. What was freed, or is on another disk, is nothing to compare.
+        mend: what to do about a file that is not what it was, as the end of a fault.
+        threads: that hash, one file each.
+
+    Returns:
+        How many files were compared, and the faults.
+    """
+    here = [entry for entry in record["files"] if (directory / entry["path"]).is_file()]
+    faults = _content_faults(here, directory, threads, "hash the source")
+    return len(here), [
+        f"{fault}, which `ms4 fetch` recorded: it changed or was damaged since. {mend}"
+        for fault in faults.values()
+    ]
 
 
 def _is_weight_scale(name: str) -> bool:

@@ -1,10 +1,11 @@
 """Stage verify: is the base what the model's table says, what the source says, and a good model?
 
-Keys, dtypes, shapes and hashes are compared exactly, for every tensor. A sample of the tensors is
-recomputed from the source by another path than the converter's, and the source is scanned for codes
-and scales that are no numbers. Then the loss of a text is taken under both candidates for the
-softmax scale: which one a checkpoint was trained with cannot be seen from its weights, and training
-on the wrong one gives a model that is a little worse everywhere. Nothing is ever changed here.
+Keys, dtypes, shapes and hashes are compared exactly, for every tensor, and the source's files with
+the hashes that were recorded when they came. A sample of the tensors is recomputed from the source
+by another path than the converter's, and the source is scanned for codes and scales that are no
+numbers. Then the loss of a text is taken under both candidates for the softmax scale: which one a
+checkpoint was trained with cannot be seen from its weights, and training on the wrong one gives a
+model that is a little worse everywhere. Nothing is ever changed here.
 """
 
 from __future__ import annotations
@@ -14,33 +15,36 @@ import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryFile
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text as Line
 
 from ms4 import spec
 from ms4.config import RunConfig
+<<<<<<< HEAD
 from ms4.errors import Ms4Error, print_json
 from ms4.manifest import read_json, read_manifest, write_manifest
+=======
+from ms4.errors import Ms4Error
+from ms4.manifest import read_json, read_manifest, write_json, write_manifest
+>>>>>>> 77dfe0217ccb664328dad25a5e204ffc0d47b3be
 from ms4.weights import checks, texts
 from ms4.weights.base import manifest_of
 from ms4.weights.convert import BASE, MANIFEST, OWN_MANIFEST, SOURCE
+from ms4.weights.findings import SCALES, Findings, Losses, Verdict, print_findings
 from ms4.weights.layerwise import BaseWeights, SourceWeights, token_losses
 from ms4.weights.layouts import Layout, Source, find_layout
 from ms4.weights.meter import Meter
 from ms4.weights.recompute import decode_e4m3 as decode_e4m3
 from ms4.weights.recompute import recompute as recompute
-from ms4.weights.shards import Reader
+from ms4.weights.shards import Reader, writable
 from ms4.weights.tables import STORAGES
 from ms4.weights.texts import Text
 
 OUTPUT = Path("results/verify.json")
-SCALES = ("plain", "yarn")
 MARGIN = 0.05
 """Nats per token by which the other scale's loss must be lower before it counts."""
 ERRORS = 4.0
@@ -49,57 +53,6 @@ PREDICTED = 0.7
 """Share of ln(vocabulary), which guessing costs, that the better loss must be below."""
 _SHOWN = 20
 """Faults that the error shows."""
-
-Verdict = Literal["holds", "other", "unpredicted", "skipped"]
-"""The configured softmax scale holds; the other one is clearly better; the model does not predict
-the text, so that no loss says anything; there is no tokenizer to take a loss with."""
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Nats per token of one text under both softmax scales."""
-
-    text: str
-    tokens: int
-    """Of which the loss is the mean."""
-    plain: float
-    yarn: float
-    difference: float
-    """The other scale's loss less that of the base's own."""
-    standard_error: float
-    """Of that difference, from the differences of the single tokens."""
-    exact: float | None = None
-    """Loss of the source's exact BF16 weights under the base's own scale, where it was taken."""
-    added: float | None = None
-    """What the base's storage adds to it."""
-
-
-@dataclass
-class Findings:
-    """What verify has to say; as JSON, the keys of its file."""
-
-    directory: str
-    experts: str
-    """How the routed experts are stored."""
-    softmax_scale: str
-    """The one that the base was made for."""
-    parameters: int
-    tensors: int = 0
-    """Of the base, as they are in its files."""
-    scanned: int = 0
-    """Files of the source that were scanned."""
-    recomputed: dict[str, float] = field(default_factory=dict)
-    """Norm-wise error of the sampled parameters."""
-    losses: Losses | None = None
-    verdict: Verdict = "skipped"
-    faults: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """What was left out, and what is odd without being a fault."""
-
-    @property
-    def other(self) -> str:
-        """The softmax scale that the base was not made for."""
-        return SCALES[1 - SCALES.index(self.softmax_scale)]
 
 
 def sample(source: Source) -> list[spec.Tensor]:
@@ -120,6 +73,31 @@ def judge(own_C: torch.Tensor, other_C: torch.Tensor, vocabulary: int) -> Verdic
     if not better < PREDICTED * math.log(vocabulary):
         return "unpredicted"
     return "other" if gain > MARGIN and gain > ERRORS * error else "holds"
+
+
+def tell_unpredicted(found: Findings, dims: spec.Dimensions) -> None:
+    """Say that a model predicts nothing: a fault of one of the published sizes, which is trained;
+    of any other, which may be a model that nobody has taught yet, a warning.
+
+    Args:
+        found: with losses; gets the fault or the note.
+        dims: sizes of the model.
+    """
+    if (losses := found.losses) is None or found.verdict != "unpredicted":
+        return
+    guessing = math.log(dims.vocabulary)
+    what = (
+        f"{losses.text} costs {min(losses.plain, losses.yarn):.2f} nats per "
+        f"token, and guessing {guessing:.2f}: the model predicts next to nothing (a trained one "
+        f"stays below {PREDICTED * guessing:.2f})"
+    )
+    if dims == spec.Dimensions():
+        found.faults.append(
+            f"{found.directory}: {what}, so its weights are broken, whatever their hashes say. "
+            "Fetch them from their publisher, and convert those."
+        )
+    else:
+        found.notes.append(f"warning: {what}; is it trained? Its softmax scale cannot be judged")
 
 
 def standard_error(values_C: torch.Tensor) -> float:
@@ -154,6 +132,23 @@ class _Examination:
             self.config, self.dims, self.found.softmax_scale
         )
         return checks.file_faults(self.manifest, self.target, self.threads)
+
+    def source_files(self, directory: Path, record: Mapping[str, Any]) -> None:
+        """Hash the source: a base that was made of damaged files is as damaged as they are."""
+        if not record:
+            self.found.notes.append(
+                f"{directory}: no manifest of `ms4 fetch` says what its files were when they came, "
+                "so none was compared with its SHA-256"
+            )
+            return
+        own, inside = record.get("origin") == "local", self.path.parent == self.target
+        mend = (
+            f"{'Put it back as it was' if own else 'Remove it'}, remove the base that was made of "
+            f"it ({self.target}{'' if inside else f' and {self.path}'}), and run `ms4 fetch` and "
+            "`ms4 descale` again."
+        )
+        self.found.hashed, faults = checks.source_file_faults(record, directory, mend, self.threads)
+        self.found.faults += faults
 
     def source(self, source: Source, damaged: dict[str, str]) -> None:
         """Scan the source and recompute a sample; say of damaged files what differs in them."""
@@ -238,6 +233,7 @@ class _Examination:
             exact=None if exact is None else round(exact, 4),
             added=None if exact is None else round(means[own] - exact, 4),
         )
+        tell_unpredicted(self.found, self.dims)
 
 
 @contextmanager
@@ -266,6 +262,7 @@ def examine(
     directory: Path | None,
     *,
     origin: Mapping[str, Any],
+    record: Mapping[str, Any],
     threads: int,
 ) -> Findings:
     """Everything that verify looks at.
@@ -274,7 +271,8 @@ def examine(
         target: directory of the base.
         manifest: of the stage descale.
         directory: of the source; None: there is none.
-        origin: the source's manifest; empty outside a project.
+        origin: manifest of the source that the base was made from; empty if there is none.
+        record: manifest that has the hashes of the files in `directory`; empty if there is none.
         threads: that read and compare.
 
     Raises:
@@ -283,6 +281,8 @@ def examine(
     under = _Examination(target, manifest, threads)
     found = under.found
     damaged = under.base()
+    if directory is not None and directory.is_dir():
+        under.source_files(directory, record)
     with _opened(directory, under.layout, found) as source:
         if source is not None:
             under.source(source, damaged)
@@ -309,65 +309,6 @@ def examine(
         else:
             under.losses(source, text)
     return found
-
-
-# What a person sees.
-
-_VERDICTS: dict[Verdict, str] = {
-    "holds": "`{own}` holds: `{other}` is not clearly better",
-    "other": "`{other}` is clearly better than `{own}`, which the base was made for",
-    "unpredicted": "none: the model does not predict this text",
-    "skipped": "none: no loss was taken",
-}
-
-
-def _rows(found: Findings) -> Iterator[tuple[str, str]]:
-    yield (
-        "tensors",
-        f"{found.tensors:,} ({found.parameters:,} parameters, experts in {found.experts})",
-    )
-    yield "source", f"{found.scanned} files scanned" if found.scanned else "not scanned"
-    if found.recomputed:
-        worst = max(found.recomputed.values())
-        what = f"largest error {worst:.2%}" if worst else "all exact"
-        yield "recomputed", f"{len(found.recomputed)} parameters from the source: {what}"
-    if (losses := found.losses) is not None:
-        for scale, loss in zip(SCALES, (losses.plain, losses.yarn), strict=True):
-            mark = " (the base's)" if scale == found.softmax_scale else ""
-            yield f"loss, {scale}{mark}", f"{loss:.4f} nats per token"
-        yield (
-            "difference",
-            f"{losses.difference:+.4f} ± {losses.standard_error:.4f} on {losses.tokens} tokens of "
-            f"{losses.text}",
-        )
-        if losses.exact is not None:
-            yield (
-                "loss, exact BF16",
-                f"{losses.exact:.4f}: {found.experts} adds {losses.added:+.4f}",
-            )
-    verdict = _VERDICTS[found.verdict].format(own=found.softmax_scale, other=found.other)
-    yield "softmax scale", verdict
-    yield "faults", str(len(found.faults)) if found.faults else "none"
-
-
-def print_findings(found: Findings) -> None:
-    """The findings as a table on standard output."""
-    console = Console()
-    table = Table(
-        title=f"Check of {found.directory}",
-        show_header=False,
-        box=None,
-        title_justify="left",
-        padding=(0, 2, 0, 0),
-    )
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    bad = {"faults": bool(found.faults), "softmax scale": found.verdict == "other"}
-    for name, value in _rows(found):
-        table.add_row(name, Line(value, style="bold red" if bad.get(name) else ""))
-    console.print(table)
-    for note in found.notes:
-        console.print(Line(f"  - {note}"), soft_wrap=True)
 
 
 def insist(found: Findings, manifest: Path) -> None:
@@ -410,7 +351,8 @@ def run_stage(config: RunConfig) -> None:
     origin = read_manifest(SOURCE, "fetch")
     threads = config.run.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
-    found = examine(BASE, MANIFEST, Path(origin["directory"]), origin=origin, threads=threads)
+    directory = Path(origin["directory"])
+    found = examine(BASE, MANIFEST, directory, origin=origin, record=origin, threads=threads)
     print_findings(found)
     if found.faults or found.verdict == "other":
         OUTPUT.unlink(missing_ok=True)  # what it vouched for is no longer so
@@ -424,19 +366,55 @@ def run_stage(config: RunConfig) -> None:
     )
 
 
-def verify_directory(target: Path, source: Path | None, *, as_json: bool) -> None:
+def _record_of(directory: Path, target: Path) -> dict[str, Any]:
+    """The manifest that `ms4 fetch` left of the source in `directory`, empty if there is none: in
+    it, beside it in a project, or, of a source that was read in place, beside the base."""
+    name, beside, base = SOURCE.name, directory.resolve().parent, target.resolve().parent
+    places = ((directory, directory), (beside, beside.parent), (base, base), (base, base.parent))
+    for place, root in places:
+        try:
+            record = read_manifest(place / name, "fetch")
+            found = root / record["directory"]
+        except (Ms4Error, KeyError, TypeError):  # a file of that name may be anything
+            continue
+        if found.resolve() == directory.resolve():
+            return record
+    return {}
+
+
+def _check_output(output: Path, *read: Path | None) -> None:
+    """Whether the findings can go there, before hours are spent on them.
+
+    Raises:
+        Ms4Error: it is no place for a file, or one that is read here.
+    """
+    if output.is_dir() or any(
+        path is not None and output.resolve().is_relative_to(path.resolve()) for path in read
+    ):
+        fault = "is a directory" if output.is_dir() else "belongs to what is to be verified"
+        raise Ms4Error(f"--output: {output}: {fault}; give the name of a new file elsewhere.")
+    with writable(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output.parent):
+            pass
+
+
+def verify_directory(
+    target: Path, source: Path | None, *, as_json: bool, output: Path | None = None
+) -> None:
     """`ms4 verify TARGET`: of a base outside a project, or of a project's `weights/base`.
 
-    Nothing is written: the findings go to standard output, as a table or as JSON.
+    The findings go to standard output, as a table or as JSON, and to a file if one is named.
 
     Args:
         target: directory of the base.
         source: of the FP8 checkpoint that it was made from; in a project, the project's own if it
             is not given.
         as_json: print the findings as JSON and nothing else.
+        output: file for the findings as JSON, those of a base with faults too.
 
     Raises:
-        Ms4Error: something is wrong; with `as_json` the findings are printed before.
+        Ms4Error: something is wrong; the findings are printed and written before.
     """
     if not target.is_dir():
         raise Ms4Error(f"{target}: no such directory; give one that `ms4 descale` has made.")
@@ -444,12 +422,27 @@ def verify_directory(target: Path, source: Path | None, *, as_json: bool) -> Non
         target = target.resolve()
     manifest = manifest_of(target)
     fetched: dict[str, Any] = {}
+    record: dict[str, Any] = {}
     # Beside a project's `weights/base.json`, for `weights/base/`.
     if manifest.parent != target and manifest.with_name(SOURCE.name).is_file():
         fetched = read_manifest(manifest.with_name(SOURCE.name), "fetch")
         if source is None:
-            source = manifest.absolute().parent.parent / fetched["directory"]
-    found = examine(target, manifest, source, origin=fetched, threads=torch.get_num_threads())
+            source, record = manifest.absolute().parent.parent / fetched["directory"], fetched
+    if output is not None:
+        _check_output(output, target, source, manifest)
+    if source is not None and not record:
+        record = _record_of(source, target)
+    found = examine(
+        target,
+        manifest,
+        source,
+        origin=fetched or record,
+        record=record,
+        threads=torch.get_num_threads(),
+    )
+    if output is not None:
+        with writable(output):
+            write_json(output, asdict(found))
     if as_json:
         print_json(asdict(found))
     else:
