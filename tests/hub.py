@@ -66,6 +66,8 @@ class Request:
     authorization: str | None
     storage: bool
     """Whether it came to the storage host that large files are redirected to."""
+    at_s: float = field(default_factory=time.monotonic)
+    """When it came, on the monotonic clock."""
 
 
 @dataclass

@@ -189,6 +189,9 @@ def test_rate_limit_is_waited_for(project: Project, server: Hub, checkpoint: Pat
     assert result.code == 0
     assert result.text.count("(429); waiting 1 s, as it asks") == 2
     assert project.holds(checkpoint)
+    for path in ("/api/", BIG):
+        limited, after = (r.at_s for r in server.requests if path in r.path)
+        assert after - limited >= 1
 
 
 @pytest.mark.slow
@@ -316,6 +319,9 @@ def test_directory_that_cannot_be_made(project: Project) -> None:
 
 
 def test_bar_on_a_terminal(project: Project, server: Hub, checkpoint: Path) -> None:
+    """Protects what somebody who waits wants to know: how much is here, how fast it comes, and the
+    time that is left."""
+    server.pace = 400_000  # so that the bar is drawn on the way
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "ms4", "fetch", "--config", "config.yaml"],
@@ -336,3 +342,5 @@ def test_bar_on_a_terminal(project: Project, server: Hub, checkpoint: Path) -> N
     assert project.holds(checkpoint)
     assert "━".encode() in shown
     assert b"fetched" in shown
+    words = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"\d/\d+\.\d kB +\d+\.\d kB/s +0:00:0[0-9]", words), words

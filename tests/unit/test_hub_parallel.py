@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ms4.weights.download import Repository
 from ms4.weights.patience import Gate, Halted
 from ms4.weights.pull import CONNECTIONS
 from tests import small_source
@@ -113,6 +114,19 @@ def test_the_gate_holds_all_back() -> None:
     halt.set()
     with pytest.raises(Halted):
         gate.wait(halt)
+
+
+@pytest.mark.parametrize("header", [{"Retry-After": "1"}, {"RateLimit": '"resolvers";r=0;t=1'}])
+def test_a_rate_limit_is_waited_for(
+    server: Hub, monkeypatch: pytest.MonkeyPatch, header: dict[str, str]
+) -> None:
+    """Protects the wait that a hub asks for: the next request comes after it, and the words about
+    it are no wait."""
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    server.faults.append(Fault("/api/*", times=1, status=429, headers=header))
+    Repository(REPOSITORY).snapshot(None)
+    limited, after = (request.at_s for request in server.requests)
+    assert after - limited >= 1
 
 
 def killed_at_random(

@@ -1,5 +1,6 @@
 """The memory plan: computed by hand, its order, what it proposes, the stage."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -96,6 +97,14 @@ def test_full_size_default():
     # The base has BF16 where FP8 is held, and the embedding.
     base = found.weights + 1_009_778_688 + 905_969_664 + 2 * 536_870_912
     assert found.disk == pytest.approx(120.92e9 + base + 40 * trained, rel=1e-3)
+
+
+def test_full_size_host_memory_by_hand():
+    """Protects the RAM that a job on a GPU asks for: libraries, the embedding, what of the
+    base is on its way, a checkpoint."""
+    trained = 36 * 32 * (29248 + 18432)
+    found = planner.plan(make(), FULL, "cuda").host
+    assert found == 3 * GIB + 2 * 536_870_912 + 4 * 536_870_912 + (4 + 8) * trained
 
 
 def test_on_a_cpu():
@@ -396,6 +405,20 @@ def test_best_fits_and_more_memory_is_never_slower():
         speeds.append(throughput.estimate(found.config, FULL, GPUS[0]).tokens_per_s)
     assert speeds == sorted(speeds)
     assert planner.best(make(), FULL, "cuda", 40 * GIB) is None
+
+
+@pytest.mark.parametrize("budget", [68, 80, 300])
+def test_nothing_that_fits_is_faster_than_best(budget):
+    """Protects that what is proposed as the fastest is not merely something that fits."""
+    best = planner.best(make(), FULL, "cuda", budget * GIB)
+    fitting_speeds = []
+    for policy, micro in itertools.product(("none", "selective", "full"), (1, 2, 4, 8)):
+        values = {"checkpointing": policy, "micro_batch": micro, "accumulation": 8 // micro}
+        tried = make(train=values)
+        if planner.plan(tried, FULL, "cuda").peak <= budget * GIB:
+            fitting_speeds.append(throughput.estimate(tried, FULL, GPUS[0]).tokens_per_s)
+    found = throughput.estimate(best.config, FULL, GPUS[0]).tokens_per_s
+    assert found >= max(fitting_speeds) > min(fitting_speeds)
 
 
 # Estimates of time.
