@@ -24,13 +24,8 @@ import torch
 
 from ms4 import spec
 from ms4.config import RunConfig
-<<<<<<< HEAD
 from ms4.errors import Ms4Error, print_json
-from ms4.manifest import read_json, read_manifest, write_manifest
-=======
-from ms4.errors import Ms4Error
 from ms4.manifest import read_json, read_manifest, write_json, write_manifest
->>>>>>> 77dfe0217ccb664328dad25a5e204ffc0d47b3be
 from ms4.weights import checks, texts
 from ms4.weights.base import manifest_of
 from ms4.weights.convert import BASE, MANIFEST, OWN_MANIFEST, SOURCE
