@@ -421,39 +421,6 @@ def test_nothing_that_fits_is_faster_than_best(budget):
     assert found >= max(fitting_speeds) > min(fitting_speeds)
 
 
-# Estimates of time.
-
-
-@pytest.mark.parametrize(("length", "reference"), [(2048, 4200), (8192, 7800), (16384, 8800)])
-def test_speed_on_an_h200(length, reference):
-    """Within a quarter of what was computed elsewhere for full checkpointing."""
-    run = make(data={"sequence_length": length}, train={"checkpointing": "full"})
-    found = throughput.estimate(run, FULL, GPUS[0])
-    assert found.tokens_per_s == pytest.approx(reference, rel=0.25)
-    assert found.hours(3_600_000) * found.tokens_per_s == pytest.approx(1000)
-    assert found.kwh(1000) == pytest.approx(found.hours(1000) * 0.7)
-
-
-def test_recomputing_takes_longer():
-    speeds = [
-        throughput.estimate(make(train={"checkpointing": policy}), FULL, GPUS[0]).tokens_per_s
-        for policy in ("full", "selective", "none")
-    ]
-    assert sorted(set(speeds)) == speeds
-
-
-def test_selective_checkpointing_spares_what_it_keeps():
-    """39.6 of the 53 M multiplications of a layer's dense products for each token, by hand."""
-    full, selective = (
-        throughput.work(make(train={"checkpointing": policy}), FULL)
-        for policy in ("full", "selective")
-    )
-    kept = 4096 * (1024 + 320 + 2 * 2048 + 128 + 4096)
-    assert full.dense_flops - selective.dense_flops == 2 * 2048 * 36 * kept
-    assert full.attention_flops / selective.attention_flops == pytest.approx(4.5 / 3.5)
-    assert full.expert_flops == selective.expert_flops
-
-
 # The command outside a project.
 
 
