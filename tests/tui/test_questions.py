@@ -176,16 +176,16 @@ def test_what_survives_being_typed(values: dict[str, Any], typed: bool) -> None:
 @pytest.mark.parametrize(
     ("field", "text", "message"),
     [
-        ("data.train", "", "at least 1 item"),
+        ("data.train", "", "name at least one"),
         ("data.test", "no name", "`no name`: write name = …"),
         ("data.test", "a b = c", "should match pattern"),
         ("data.test", "a = b\na = c", "`a` is given twice"),
-        ("data.sequence_length", "few", "valid integer"),
-        ("data.sequence_length", "", "valid integer"),
-        ("run.memory_gib", "-1", "greater than 0"),
-        ("adapters.rank", "0", "greater than or equal to 1"),
+        ("data.sequence_length", "few", "whole number"),
+        ("data.sequence_length", "", "whole number"),
+        ("run.memory_gib", "-1", "must be more than 0"),
+        ("adapters.rank", "0", "must be 1 or more"),
         ("where.partition", "$(reboot)", "should match pattern"),
-        ("where.hours", "0", "greater than or equal to 1"),
+        ("where.hours", "0", "must be 1 or more"),
     ],
 )
 def test_fault_is_at_its_question(field: str, text: str, message: str) -> None:

@@ -80,9 +80,9 @@ def test_what_does_not_fit_is_refused_and_mended_by_a_key(place: Path) -> None:
 
 def test_wrong_answers_are_named(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
-        assert "method: `full` does not run" in shown(pilot)
+        assert "Trained: `full` does not run" in shown(pilot)
         await pilot.press("ctrl+s")
-        assert "method: `full` does not run" in shown(pilot)
+        assert "Trained: `full` does not run" in shown(pilot)
 
     drive(app_of({**VALUES, "method": "full"}, opened=True), how)
 

@@ -200,7 +200,7 @@ def test_going_back_loses_nothing(place: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "field", "text", "message"),
     [
-        ("data", "data.train", "", "at least 1 item"),
+        ("data", "data.train", "", "name at least one"),
         ("data", "data.train", "nowhere.jsonl", "no such file: nowhere.jsonl"),
         ("data", "data.train", "sets", "no such file: sets"),
         ("data", "data.train", "a\nb", "no such file: a; no such file: b"),
@@ -210,7 +210,7 @@ def test_going_back_loses_nothing(place: Path) -> None:
         ("evaluation", "data.test", "train.jsonl", "`train.jsonl`: write name = …"),
         ("evaluation", "evaluate.min_exact_match", "held = 2", "2.0 is not between 0 and 1"),
         ("evaluation", "evaluate.min_exact_match", "other = 1", "no held-out set is called other"),
-        ("evaluation", "evaluate.min_exact_match", "held = most", "valid number"),
+        ("evaluation", "evaluate.min_exact_match", "held = most", "write a number"),
     ],
 )
 def test_lines_that_are_wrong(place: Path, step: str, field: str, text: str, message: str) -> None:
@@ -231,17 +231,17 @@ def test_lines_that_are_wrong(place: Path, step: str, field: str, text: str, mes
 @pytest.mark.parametrize(
     ("step", "field", "text", "message"),
     [
-        ("memory", "run.memory_gib", "-1", "greater than 0"),
-        ("memory", "run.memory_gib", "much", "valid number"),
-        ("adapters", "adapters.rank", "0", "greater than or equal to 1"),
-        ("adapters", "adapters.alpha", "", "valid number"),
-        ("training", "data.sequence_length", "15", "greater than or equal to 16"),
-        ("training", "train.micro_batch", "1.5", "valid integer"),
-        ("training", "train.learning_rate", "2", "less than or equal to 1"),
-        ("training", "train.epochs", "0", "greater than 0"),
+        ("memory", "run.memory_gib", "-1", "must be more than 0"),
+        ("memory", "run.memory_gib", "much", "write a number"),
+        ("adapters", "adapters.rank", "0", "must be 1 or more"),
+        ("adapters", "adapters.alpha", "", "write a number"),
+        ("training", "data.sequence_length", "15", "must be 16 or more"),
+        ("training", "train.micro_batch", "1.5", "whole number"),
+        ("training", "train.learning_rate", "2", "must be 1 or less"),
+        ("training", "train.epochs", "0", "must be more than 0"),
         ("where", "where.partition", "$(reboot)", "match pattern"),
-        ("where", "where.hours", "9999", "less than or equal to 8760"),
-        ("evaluation", "evaluate.max_samples", "0", "greater than or equal to 1"),
+        ("where", "where.hours", "9999", "must be 8760 or less"),
+        ("evaluation", "evaluate.max_samples", "0", "must be 1 or more"),
     ],
 )
 def test_numbers_that_are_wrong(

@@ -132,3 +132,14 @@ def test_the_palette_has_the_screens_in_their_order(place: Path) -> None:
         assert places == sorted(places)
 
     drive(app_of(VALUES), how)
+
+
+def test_a_screen_that_is_gone_is_no_error(place: Path) -> None:
+    """Enter twice in a slow palette took the screen below with it, and the wizard fell."""
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await pilot.app.pop_screen()
+        pilot.app.go(3)  # type: ignore[attr-defined]
+        await until(pilot, lambda: "4 of 11" in screen_text(pilot))
+
+    drive(app_of(VALUES), how)

@@ -145,7 +145,11 @@ class WizardApp(ThemedApp):
         """Show a step, the review (after the last) or the welcome (before the first)."""
         while len(self.screen_stack) > 2:  # help, or another screen over a step
             self.pop_screen()
-        self.switch_screen(self._screen(number))
+        # A palette in which Enter is pressed twice before it is gone closes what is below it, too.
+        if len(self.screen_stack) < 2:
+            self.push_screen(self._screen(number))
+        else:
+            self.switch_screen(self._screen(number))
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """What the command palette offers."""

@@ -202,8 +202,9 @@ _WORDS = {
     "greater_than_equal": "must be {ge} or more",
     "less_than": "must be less than {lt}",
     "less_than_equal": "must be {le} or less",
+    "too_short": "name at least one",
 }
-"""What is wrong with a number, by the kind of fault, in the words of a person who asks."""
+"""What is wrong, by the kind of fault, in the words of a person who asks."""
 
 
 def _words(kind: str, limits: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ STEPS: tuple[Step, ...] = (
                 "What of records that cannot be used?",
                 "Most people mend them. The first ones are named at the right.",
                 (
-                    Choice("error", "the run stops before it trains, and lists them"),
+                    Choice("error", "the run stops, and lists them"),
                     Choice("drop", "they are left out and listed"),
                 ),
                 label="Faulty records",
