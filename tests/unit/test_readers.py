@@ -196,6 +196,8 @@ def write(path: Path, data: bytes | str) -> Path:
         ("a.csv", "a,\n1,2\n", [(None, "its first row must name the columns, each differently")]),
         ("a.csv", "a,b\n1\n2,3\n4,5,6\n", [(2, "1 cell, but the table has 2 columns"),
                                            (4, "3 cells, but the table has 2 columns")]),
+        ("a.csv", b"a,\xff\n1,2\n3,4\n", [(1, "not UTF-8; convert the file with `iconv`")]),
+        ("a.csv", 'a,"b"x\n1,2\n3,4\n', [(1, "not a row of the table (")]),
         ("a.csv", "a;b\n1;2\n", [(None, "its columns stand between `;`; save it with commas")]),
         ("a.tsv", "a,b\n1,2\n", [(None, "its columns stand between commas; save it with tabs")]),
         ("a.csv", "a\tb\n1\t2\n", [(None, "its columns stand between tabs; save it with comm")]),
@@ -287,6 +289,8 @@ def test_a_record_without_end_does_not_fill_the_memory(
     path = write(tmp_path / "a.jsonl", '{"a": 1}\n{"a": "' + "x" * 5000 + '"}\n{"a": 2}\n')
     assert [line for line, _ in faults(path)] == [2]
     assert [row.line for row in rows(path)] == [1, 2, 3]
+    path = write(tmp_path / "a.csv", "a,b\n1,2\n" + "1," * 1000 + "\n1,2\n")
+    assert [(row.line, row.ends) for row in rows(path)] == [(2, False), (3, True)]
     path = write(tmp_path / "a.txt", "x" * 2000)
     assert faults(path)[0][1].startswith("a text of more than")
 

@@ -256,11 +256,23 @@ def _plain_rows(stream: IO[bytes]) -> Iterator[Row]:
         yield Row(1, {"text": text})
 
 
+def _short_lines(text: IO[str]) -> Iterator[str]:
+    """The lines of a text.
+
+    Raises:
+        OverflowError: one is longer than a record may be, and would fill the memory.
+    """
+    while line := text.readline(MAX_RECORD + 1):
+        if len(line) > MAX_RECORD:
+            raise OverflowError
+        yield line
+
+
 def _table_rows(stream: IO[bytes], delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(MAX_RECORD)
     # Bytes that are not UTF-8 become surrogates, so that their row, and no other, is refused.
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    reader = csv.reader(_short_lines(text), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
@@ -268,16 +280,30 @@ def _table_rows(stream: IO[bytes], delimiter: str) -> Iterator[Row]:
             cells = next(reader)
         except StopIteration:
             return
+        except OverflowError:
+            fault = f"a line of more than {MAX_RECORD >> 20} MiB: the file is broken; correct it"
+            yield Row(line, None, fault, records=0, ends=True)
+            return
         except csv.Error as error:
             # A quote that nothing closes takes all that follows with it.
-            ends = "end of data" in str(error)
+            ends = header is None or "end of data" in str(error)
             fault = f"not a row of the table ({error}); correct its quotes"
             yield Row(line, None, fault, records=0 if ends else 1, ends=ends)
+            if ends:
+                return
             continue
         if not cells:
             continue
         if any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):
-            yield Row(line, None, "not UTF-8; convert the file with `iconv`")
+            yield Row(
+                line,
+                None,
+                "not UTF-8; convert the file with `iconv`",
+                records=0 if header is None else 1,
+                ends=header is None,
+            )
+            if header is None:  # the next row would be taken for the names of the columns
+                return
         elif header is None:
             header = [cell.strip() for cell in cells]
             other = next((d for d in ";\t|," if len(header) == 1 and d in header[0]), None)
