@@ -38,7 +38,7 @@ import ms4
 from ms4 import manifest
 from ms4.errors import Ms4Error
 from ms4.weights.meter import Meter, gigabytes, say
-from ms4.weights.patience import Gate, Halted, Passing, Patience
+from ms4.weights.patience import Gate, Halted, Pace, Passing, Patience
 from ms4.weights.shards import writable
 from ms4.weights.sources import NO_ENDPOINT, Words
 
@@ -304,6 +304,7 @@ class Repository:
                 raise partial.differs(f"the hub has fewer bytes of it than its {file.size}")
             hf_raise_for_status(response)
             _align(response, file, partial)
+            pace = Pace(_place(response.url), file.name)
             for block in response.iter_bytes():
                 if halt.is_set():
                     raise Halted
@@ -311,6 +312,7 @@ class Repository:
                 if partial.size > file.size:
                     raise partial.differs(f"the hub sent more than its {file.size} bytes")
                 patience.reached(partial.size)
+                pace.add(len(block))
             if partial.size < file.size:
                 raise Passing(f"{_place(response.url)} ended {file.name} before its end")
 
