@@ -50,6 +50,8 @@ class Fault:
     """Close the connection after so many bytes of the body."""
     hold_after: int | None = None
     """Stop after so many bytes of the body until `Hub.release` is set."""
+    trickle_after: int | None = None
+    """Send byte by byte, a hundred a second, after so many bytes of the body."""
     ignore_range: bool = False
     """Answer 200 with the whole content, whatever range is asked for."""
     echo_authorization: bool = False
@@ -314,8 +316,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        stop = next((n for n in (fault.cut_after, fault.hold_after) if n is not None), len(data))
+        places = (fault.cut_after, fault.hold_after, fault.trickle_after)
+        stop = next((n for n in places if n is not None), len(data))
         self._write(name, data[:stop])
+        if fault.trickle_after is not None:
+            for at in range(stop, len(data)):
+                time.sleep(0.01)
+                self._write(name, data[at : at + 1])
         if fault.cut_after is not None:
             self.close_connection = True
         elif fault.hold_after is not None:

@@ -67,7 +67,8 @@ def test_wrong_bytes(
     project: Project, server: Hub, checkpoint: Path, name: str, change: Any, words: str
 ) -> None:
     server.faults.append(Fault(f"*/{name}", times=1, body=change((checkpoint / name).read_bytes())))
-    assert refused(project.fetch(), name, words, "the partial file was removed")
+    damaged = "changed under the pin (commit ", "damaged on the way"
+    assert refused(project.fetch(), name, words, *damaged, "the partial file was removed")
     assert not project.partials(name)
     assert not (project.source / name).exists()
     assert not (project.directory / "weights/source.json").exists()
@@ -80,6 +81,73 @@ def test_rest_that_the_server_no_longer_has(
     server.faults.append(Fault(f"*/{BIG}", body=b"short"))
     assert refused(project.fetch(), "fewer bytes", "the partial file was removed")
     assert not project.partials(BIG)
+
+
+def test_a_hash_that_changed_under_the_pin(project: Project, server: Hub, checkpoint: Path) -> None:
+    """A hub that gives another hash for the same commit; also where it is asked by its branch."""
+    assert project.fetch().code == 0
+    before = {path: path.read_bytes() for path in project.source.iterdir() if path.is_file()}
+    server.digests[BIG] = "ab" * 32
+    (project.source / "tekken.json").unlink()
+    del before[project.source / "tekken.json"]
+    for revision in (None, server.commit(checkpoint)):
+        project.configure(REPOSITORY, revision)
+        server.requests.clear()
+        words = f"{BIG}: changed under the pin", "gives abab", "Nothing here was touched"
+        if revision is None:
+            assert refused(project.fetch(), *words, "remove weights/source/.fetched.json")
+            assert not resolved(server)
+            after = {path: path.read_bytes() for path in before}
+            assert after == before
+        else:  # the commit was whole here: only what is lost is asked for, by what was recorded
+            assert project.fetch().code == 0
+            assert resolved(server) == ["tekken.json"]
+            assert project.holds(checkpoint)
+
+
+def test_a_branch_that_moved_is_told(project: Project, server: Hub, checkpoint: Path) -> None:
+    assert "when it was fetched" not in project.fetch().text
+    before = server.commit(checkpoint)[:12]
+    (checkpoint / "LICENSE").write_text("MIT\n")
+    after, result = server.commit(checkpoint)[:12], project.fetch()
+    told = f"the main branch of {REPOSITORY} is {after} now; it was {before} when it was fetched"
+    assert (result.code, told in result.text) == (0, True), result
+    assert project.holds(checkpoint)
+
+
+def test_a_file_that_is_gone_under_the_pin(
+    project: Project, server: Hub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert project.fetch().code == 0
+    commit = server.commit(checkpoint)
+    (checkpoint / "LICENSE").unlink()
+    monkeypatch.setattr(server, "commit", lambda directory: commit)
+    assert refused(project.fetch(), "LICENSE: changed under the pin", "gives none now")
+
+
+def test_a_record_of_before_says_nothing_of_what_the_hub_listed(
+    project: Project, server: Hub, checkpoint: Path
+) -> None:
+    assert project.fetch().code == 0
+    record = project.source / ".fetched.json"
+    state = json.loads(record.read_text())
+    del state["listed"]
+    record.write_text(json.dumps(state))
+    server.requests.clear()
+    assert project.fetch().code == 0
+    assert not resolved(server)
+    assert project.holds(checkpoint)
+
+
+def test_a_commit_that_stands_for_another_one(
+    project: Project, server: Hub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = server.commit(checkpoint)
+    monkeypatch.setattr(server, "find", lambda repository, revision: checkpoint)
+    project.configure(REPOSITORY, "f" * 40)
+    words = f"answers with the commit {commit[:12]}", "asked for ffffffffffff", "what is pinned"
+    assert refused(project.fetch(), "model.revision", *words)
+    assert not resolved(server)
 
 
 # Refusals.

@@ -38,7 +38,7 @@ import ms4
 from ms4 import manifest
 from ms4.errors import Ms4Error
 from ms4.weights.meter import Meter, gigabytes, say
-from ms4.weights.patience import Gate, Halted, Passing, Patience
+from ms4.weights.patience import Gate, Halted, Pace, Passing, Patience
 from ms4.weights.shards import writable
 from ms4.weights.sources import NO_ENDPOINT, Words
 
@@ -127,10 +127,12 @@ class _Partial:
         stream: BinaryIO,
         path: Path,
         remote: RemoteFile,
+        commit: str,
         meter: Meter,
         halt: threading.Event,
     ) -> None:
         self._stream, self._path, self._remote, self._meter = stream, path, remote, meter
+        self._commit = commit
         self.size = os.fstat(stream.fileno()).st_size
         self.hashes = remote.hashes()
         if self.size > remote.size:
@@ -167,8 +169,10 @@ class _Partial:
         """Remove the file; the error says that it was not what the hub had announced."""
         self._path.unlink(missing_ok=True)
         return Ms4Error(
-            f"{self._remote.name}: {how}; the partial file was removed. Run the same command again;"
-            " if this comes back, something between here and the hub (HF_ENDPOINT) alters files."
+            f"{self._remote.name}: {how}: it changed under the pin (commit {self._commit[:12]}), "
+            "or was damaged on the way; the partial file was removed. Run the same command again, "
+            "which fetches that file anew. If this comes back, the hub (HF_ENDPOINT) or what "
+            "stands between alters files: use another network or hub, or name another commit."
         )
 
 
@@ -238,6 +242,12 @@ class Repository:
                 raise self._no_hub() from error
         if info.sha is None or not _COMMIT.fullmatch(info.sha) or info.siblings is None:
             raise self._no_hub()
+        if revision is not None and _COMMIT.fullmatch(revision) and info.sha != revision:
+            raise Ms4Error(
+                f"{self._words.revision}: {self.host} answers with the commit {info.sha[:12]} when "
+                f"asked for {revision[:12]} of {self.name}: what is pinned changed there. Use "
+                "another hub (HF_ENDPOINT), or name another commit."
+            )
         siblings = {sibling.rfilename: sibling for sibling in info.siblings}
         return Snapshot(info.sha, siblings, self._words)
 
@@ -257,7 +267,7 @@ class Repository:
             stream = part.open("a+b", buffering=0)
         with stream:
             with writable(part):
-                partial = _Partial(stream, part, file, meter, halt)
+                partial = _Partial(stream, part, file, commit, meter, halt)
             while partial.size < file.size:
                 self._gate.wait(halt)
                 try:
@@ -294,6 +304,7 @@ class Repository:
                 raise partial.differs(f"the hub has fewer bytes of it than its {file.size}")
             hf_raise_for_status(response)
             _align(response, file, partial)
+            pace = Pace(_place(response.url), file.name)
             for block in response.iter_bytes():
                 if halt.is_set():
                     raise Halted
@@ -301,6 +312,7 @@ class Repository:
                 if partial.size > file.size:
                     raise partial.differs(f"the hub sent more than its {file.size} bytes")
                 patience.reached(partial.size)
+                pace.add(len(block))
             if partial.size < file.size:
                 raise Passing(f"{_place(response.url)} ended {file.name} before its end")
 

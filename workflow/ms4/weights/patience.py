@@ -17,6 +17,11 @@ PATIENCE_S = 20.0
 """No further try that could end more than so many seconds after the first of a row of failures."""
 PROGRESS = 1 << 18
 """Bytes that must come for a row of failures to be over: a trickle is no progress."""
+LEAST_RATE = 1000.0
+"""Bytes per second: a server that sends less has stalled, as one that is silent has. The slowest
+line that would ever bring 121 GB is a thousand times faster."""
+TRICKLE_S = 60.0
+"""Seconds that a server may send less before it counts as stalled."""
 MAX_WAITS = 3
 """How many times in a row the hub may ask for a wait (429 with Retry-After)."""
 MAX_WAIT_S = 300.0
@@ -32,9 +37,38 @@ class Halted(Exception):
 class Passing(Exception):
     """A failure that may be gone at the next try."""
 
-    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self, message: str, retry_after_s: float | None = None, lasted_s: float = 0.0
+    ) -> None:
+        """`lasted_s` is the time that it took to be taken for one, which tries no patience."""
         super().__init__(message)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s, self.lasted_s = retry_after_s, lasted_s
+
+
+class Pace:
+    """Watches one answer: whether bytes come at all fast, over `TRICKLE_S` at a time."""
+
+    def __init__(self, who: str, what: str) -> None:
+        """`who` sends `what`, for the message."""
+        self._who, self._what = who, what
+        self._since_s, self._came = time.monotonic(), 0
+
+    def add(self, size: int) -> None:
+        """So many bytes came just now.
+
+        Raises:
+            Passing: they trickle.
+        """
+        self._came += size
+        lasted_s = time.monotonic() - self._since_s
+        if lasted_s < TRICKLE_S:
+            return
+        if self._came < LEAST_RATE * lasted_s:
+            raise Passing(
+                f"{self._who} stalled: {self._came} bytes of {self._what} in {lasted_s:.0f} s",
+                lasted_s=lasted_s,
+            )
+        self._since_s, self._came = time.monotonic(), 0
 
 
 class Gate:
@@ -91,6 +125,8 @@ class Patience:
             return
         if self._first_s is None:
             self._first_s = time.monotonic()
+        else:
+            self._first_s += failure.lasted_s
         ends_s = time.monotonic() - self._first_s + constants.HF_HUB_DOWNLOAD_TIMEOUT
         if self._failures == len(PAUSES_S) or ends_s > PATIENCE_S:
             raise Ms4Error(f"{failure} ({self._failures + 1} tries). {GO_ON}") from failure

@@ -110,14 +110,41 @@ class Errand:
         snapshot = self.hub().snapshot(wanted.revision)
         with writable(self.place.directory):
             self.place.directory.mkdir(parents=True, exist_ok=True)
+        if (state.repository, state.commit) == (wanted.repository, snapshot.commit):
+            self._check_pin(snapshot)
+        elif same and state.commit and state.asked == wanted.revision:
+            say(
+                f"{wanted.revision or 'the main branch'} of {wanted.repository} is "
+                f"{snapshot.commit[:12]} now; it was {state.commit[:12]} when it was fetched"
+            )
         before = (state.repository, state.commit, state.layout)
         if before != (wanted.repository, snapshot.commit, wanted.layout):
-            state.complete, state.verified = False, {}
+            state.complete, state.verified, state.listed = False, {}, {}
         state.repository, state.asked = wanted.repository, wanted.revision
         state.commit, state.layout = snapshot.commit, wanted.layout
         names = self._names(snapshot)
         self._sweep(snapshot, names)
-        return [snapshot.file(name) for name in names]
+        files = [snapshot.file(name) for name in names]
+        state.listed = {file.name: file.digest for file in files}
+        return files
+
+    def _check_pin(self, snapshot: Snapshot) -> None:
+        """Whether the hub says of a commit what it said before: a commit never changes.
+
+        Raises:
+            Ms4Error: it gives another hash for a file, or has one no more.
+        """
+        for name, digest in self.record.state.listed.items():
+            found = snapshot.file(name).digest if name in snapshot.files else "none"
+            if found != digest:
+                raise Ms4Error(
+                    f"{name}: changed under the pin: for commit {snapshot.commit[:12]} of "
+                    f"{self.wanted.repository} {self.hub().host} had given the hash {digest}, and "
+                    f"gives {found} now. Nothing here was touched. A commit never changes, so one "
+                    "of the two answers is wrong: ask another hub (HF_ENDPOINT), or name another "
+                    f"commit ({self.place.words.revision}). To take what is given now, remove "
+                    f"{self.record.path} and run the same command again."
+                )
 
     def _names(self, snapshot: Snapshot) -> list[str]:
         layout, directory = self.wanted.layout, self.place.directory

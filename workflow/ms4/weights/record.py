@@ -48,6 +48,8 @@ class State:
     layout: Layout = "hf"
     complete: bool = False
     """All files of the commit that are needed were here and checked."""
+    listed: dict[str, str] = field(default_factory=dict)
+    """Name → hash, as the hub gave it for the commit, of the files that are needed."""
     files: dict[str, Checked] = field(default_factory=dict)
     verified: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Piece of a base → its SHA-256 when it was compared with the source, and the errors found."""
@@ -58,12 +60,12 @@ class Record:
 
     def __init__(self, directory: Path) -> None:
         """Read it; it is empty if there is none or it is of another form."""
-        self.directory, self._path = directory, directory / NAME
+        self.directory, self.path = directory, directory / NAME
         self._guard = threading.Lock()
         self.state = State()
-        if self._path.exists():
+        if self.path.exists():
             with suppress(Ms4Error, TypeError, AttributeError):
-                self.state = _parse(manifest.read_json(self._path))
+                self.state = _parse(manifest.read_json(self.path))
 
     def write(self) -> None:
         """Write it."""
@@ -71,8 +73,8 @@ class Record:
             self._write()
 
     def _write(self) -> None:
-        with writable(self._path):
-            manifest.write_json(self._path, asdict(self.state))
+        with writable(self.path):
+            manifest.write_json(self.path, asdict(self.state))
 
     def vouch(self, file: RemoteFile, sha256: str) -> None:
         """Note that the content of `file` was checked just now."""
