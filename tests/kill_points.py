@@ -207,3 +207,24 @@ def content(base: Path) -> dict[str, bytes]:
             del record["mtime_ns"]
             files[str(name)] = json.dumps(record).encode()
     return files
+
+
+def read_trace(path: Path) -> list[list[str]]:
+    """The calls of a trace in their order: each its name and its files."""
+    return [line.split("\t") for line in path.read_text().splitlines()]
+
+
+def named_after_syncs(trace: list[list[str]]) -> set[Path]:
+    """The files that got their names by a rename, each of which is asserted to be durable: synced
+    before it with nothing written since, and the directory synced after it."""
+    named = set()
+    for number, (call, *files) in enumerate(trace):
+        if call not in RENAMES:
+            continue
+        temporary, path = files
+        calls = [c for c, file, *_ in trace[:number] if file == temporary]
+        assert "fsync" in calls, temporary
+        assert "pwrite" not in calls[calls.index("fsync") :], temporary
+        assert ["fsync", str(Path(path).parent)] in trace[number + 1 :], path
+        named.add(Path(path))
+    return named

@@ -28,7 +28,7 @@ from tests import small_source
 from tests.commands import wait_for
 from tests.fetching import HIDDEN, REPOSITORY, Result, environment, refused, resolved
 from tests.hub import Fault, Hub, serve
-from tests.kill_points import Conditions, content, start
+from tests.kill_points import Conditions, content, ms4, named_after_syncs, read_trace, start
 from tests.killed_fetch import Killed, shards, survive_moments, survive_points, weights
 
 Layout = Literal["hf", "native"]
@@ -422,6 +422,18 @@ def test_a_project_that_frees_its_source(
 
 
 # Kills.
+
+
+def test_a_fetch_syncs_what_it_names(hub: Hub, tmp_path: Path) -> None:
+    """Protects what was fetched from a power cut: a file before it gets its name, the directory
+    after it; and these are all the files."""
+    (here := tmp_path / "here").mkdir()
+    under = Conditions(
+        trace=tmp_path / "trace", environment=environment(tmp_path / "home", hub.url)
+    )
+    assert ms4(here, "fetch", f"{REPOSITORY}-hf", "out", conditions=under).code == 0
+    named = named_after_syncs(read_trace(tmp_path / "trace"))
+    assert {str(path.relative_to(here / "out")) for path in named} == set(content(here / "out"))
 
 
 @pytest.fixture(params=[(), ("--free-source",)], ids=["kept", "freed"])

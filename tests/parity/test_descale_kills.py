@@ -17,7 +17,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.kill_points import CHANGES, Conditions, Point, Running, content, ms4, start
+from tests.kill_points import (
+    CHANGES,
+    Conditions,
+    Point,
+    Running,
+    content,
+    ms4,
+    named_after_syncs,
+    read_trace,
+    start,
+)
 from tests.small_source import write
 
 from .conftest import settings
@@ -125,8 +135,8 @@ def undisturbed(directory: Path, source: Path, to: str) -> Descale:
     conditions = Conditions(trace=trace, sync_bytes=SYNC_BYTES)
     result = ms4(directory, *arguments, conditions=conditions)
     assert result.code == 0, result.text
-    lines = [line.split("\t") for line in trace.read_text().splitlines()]
-    made = Descale(directory, arguments, content(directory / "base"), lines, seconds=0)
+    calls = read_trace(trace)
+    made = Descale(directory, arguments, content(directory / "base"), calls, seconds=0)
     begun = time.monotonic()  # the first run waited for the parent, which imports torch
     made.in_(directory.with_name("again")).ends_right()
     return replace(made, seconds=time.monotonic() - begun)
@@ -161,17 +171,8 @@ def all_points(descale: Descale) -> list[Point]:
 def test_the_undisturbed_run_syncs_what_it_names(descale: Descale) -> None:
     """Each file before it gets its name, the directory after it; and these are all the names."""
     assert set(descale.counts) == set(CHANGES) - {"rename"}
-    named = set()
-    for number, (call, *files) in enumerate(descale.trace):
-        if call != "replace":
-            continue
-        temporary, path = files
-        calls = [c for c, file, *_ in descale.trace[:number] if file == temporary]
-        assert "fsync" in calls, temporary
-        assert "pwrite" not in calls[calls.index("fsync") :], temporary
-        assert descale.trace[number + 1 :].index(["fsync", str(Path(path).parent)]) >= 0
-        named.add(str(Path(path).relative_to(descale.base)))
-    assert named == set(descale.reference)
+    named = named_after_syncs(descale.trace)
+    assert {str(path.relative_to(descale.base)) for path in named} == set(descale.reference)
 
 
 @pytest.mark.slow
