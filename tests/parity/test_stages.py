@@ -3,8 +3,11 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from ms4 import config
 from ms4.cli import run_stage
+from ms4.errors import Ms4Error
 from ms4.manifest import check_files, read_json, read_manifest
 
 ANSWER = "It is four."
@@ -38,5 +41,13 @@ def test_what_is_trained_is_measured_and_reported(checkpoint, project):
     untuned, tuned = read_json(Path("results/evaluation.json"))["rows"]
     assert [untuned["model"], tuned["model"]] == ["untuned", "tuned"]
     assert tuned["loss"] < untuned["loss"] - 0.5
+    # Settings that were changed since: what was made under the others is no input.
+    other = run.model_copy(update={"adapters": run.adapters.model_copy(update={"rank": 3})})
+    with pytest.raises(
+        Ms4Error, match=r"results/train\.json: made before the configuration was ch"
+    ):
+        run_stage("evaluate", other)
+    with pytest.raises(Ms4Error, match=r"results/plan\.json: made before .* or `ms4 plan`"):
+        run_stage("train", other)
     delivered = read_manifest(Path("results/deliver.json"), "deliver")
     check_files(delivered, Path("results"), hashes=True)

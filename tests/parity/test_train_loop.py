@@ -21,7 +21,7 @@ LENGTHS = ((1, 15), (12, 1), (2, 9), (5, 10), (1, 1), (3, 14), (10, 4), (3, 3))
 
 @pytest.fixture
 def planned(project, checkpoint):
-    """The project with eight packed documents, and a plan; gives a run of other settings."""
+    """The project with eight packed documents; gives a run of other settings, planned."""
     lines = []
     for question, answer in LENGTHS:
         said = [("user", "why " * question), ("assistant", "so " * answer)]
@@ -34,10 +34,11 @@ def planned(project, checkpoint):
     values["train"] |= {"micro_batch": 1, "accumulation": 1, "steps": 3}
 
     def run(**train):
-        return config.check(values | {"train": values["train"] | train}, "test")
+        made = config.check(values | {"train": values["train"] | train}, "test")
+        run_stage("plan", made)
+        return made
 
-    for stage in ("preprocess", "plan"):
-        run_stage(stage, run())
+    run_stage("preprocess", config.check(values, "test"))
     return run
 
 

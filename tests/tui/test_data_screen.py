@@ -23,6 +23,7 @@ from ms4_wizard.draft import Draft
 from ms4_wizard.flow import Flow
 from ms4_wizard.looking import Looker
 from ms4_wizard.screens.samples import SamplesScreen, coloured
+from tests.chat_reference import png
 from tests.tui.driving import VALUES, answer, drive, go_to, screen_text, until
 
 
@@ -291,5 +292,27 @@ def test_what_becomes_of_faults_is_asked(place: Path) -> None:
         flow = pilot.app.flow  # type: ignore[attr-defined]
         await until(pilot, lambda: flow.draft.get("data.faulty") == "drop")
         await until(pilot, lambda: "1 fault, 1 record lost:" in screen_text(pilot))
+
+    drive(app_with_looker(VALUES), how)
+
+
+def test_images_are_told_before_the_run_stops_at_them(place: Path) -> None:
+    """They are counted whatever is answered, since the data come first."""
+    (place / "a.png").write_bytes(png(40, 30))
+    parts = [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What?"}]
+    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A square."}]
+    (place / "train.jsonl").write_text(3 * (json.dumps({"messages": said}) + "\n"))
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        flow = pilot.app.flow  # type: ignore[attr-defined]
+        await go_to(pilot, "data")
+        await until(pilot, lambda: settled(pilot.app))
+        await until(pilot, lambda: "3 images: answer" in screen_text(pilot))
+        assert "no faults" in screen_text(pilot)
+        assert "3 images, at which the run would stop" in flow.refused_images(flow.answers())
+        for field, value in (("data.modality", "text_vision"), ("data.faulty", "drop")):
+            flow.draft.set(field, value)
+            assert flow.refused_images(flow.answers()) == ""
+            flow.draft.set(field, {"data.modality": "text"}.get(field, value))
 
     drive(app_with_looker(VALUES), how)

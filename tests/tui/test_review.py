@@ -8,6 +8,8 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input, OptionList
 
+from ms4 import lock
+from ms4.errors import Ms4Error
 from ms4_wizard import project, writing
 from ms4_wizard.answers import Answers
 from ms4_wizard.draft import Draft
@@ -112,6 +114,19 @@ def test_a_directory_is_needed(place: Path) -> None:
 
     drive(app_of(VALUES, opened=True), how)
     assert (place / "fresh/Snakefile").is_file()
+
+
+def test_nothing_is_written_while_a_stage_is_at_work(place: Path, answers: Answers) -> None:
+    writing.write_from_answers(answers, Path("project"))
+    before = Path("project/config/config.yaml").read_bytes()
+    other = answers.model_copy(update={"seed": 7})
+    with lock.hold("train", Path("project/locks")):
+        with pytest.raises(Ms4Error, match=r"project: `ms4 train` \(process .* is at work there"):
+            writing.write_from_answers(other, Path("project"))
+        assert Path("project/config/config.yaml").read_bytes() == before
+        assert writing.write_from_answers(other, Path("project"), dry_run=True)
+    writing.write_from_answers(other, Path("project"))
+    assert Path("project/config/config.yaml").read_bytes() != before
 
 
 @pytest.mark.slow

@@ -152,6 +152,17 @@ class Flow:
         else:
             looker.start(answers, told, again)
 
+    def refused_images(self, answers: Answers) -> str:
+        """What to do if the run would stop at images in the data; nothing if it would not."""
+        look = self.looker.look if self.looker is not None else None
+        images = look.found.get("images", 0) if look is not None else 0
+        if not images or answers.data.modality != "text" or answers.data.faulty == "drop":
+            return ""
+        return (
+            f"Content: `text` alone, and the data holds {images:,} images, at which the run would "
+            "stop. Answer `text and images`, or have faulty records left out."
+        )
+
     def unread(self) -> str:
         """Why nothing is known of the data, where nothing was looked at yet."""
         answers = self.answers()

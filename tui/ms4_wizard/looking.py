@@ -63,8 +63,10 @@ class Looker:
             again: begin even so.
         """
         data = answers.data.model_dump(mode="json")
-        # Neither held-out samples, nor the packing, nor what becomes of faults changes it.
+        # Neither held-out samples, nor the packing, nor what becomes of faults changes it; and
+        # whether images are to be trained with is asked when it is known that there are some.
         data |= {"sequence_length": LONGEST, "test": {}, "holdout": 0.0, "faulty": "error"}
+        data |= {"modality": "text_vision"}
         # The tiny model has a tokenizer of its own.
         wanted = {"data": data, "model": {"source": answers.model.source}}
         key = json.dumps(wanted, sort_keys=True)

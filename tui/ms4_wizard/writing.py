@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ms4 import config
 from ms4.errors import Ms4Error
+from ms4.lock import live_owners
 from ms4_wizard import costs, emit, project
 from ms4_wizard.answers import Answers
 from ms4_wizard.project import Change, Files
@@ -73,9 +74,15 @@ def write_from_answers(
     """Write the project of the answers (or say what would be written); returns what to print.
 
     Raises:
-        Ms4Error: it cannot fit, data are missing, or the directory holds something else.
+        Ms4Error: it cannot fit, data are missing, the directory holds something else, or a stage
+            is at work in it.
     """
     check(answers, directory)
+    if not dry_run and (owners := live_owners(directory)):
+        raise Ms4Error(
+            f"{directory}: {owners[0]} is at work there, under the answers as they were. Wait for "
+            f"it, or stop it (`ms4-wizard watch {quoted(directory)}`), and write then."
+        )
     moved = emit.relocate(answers, Path.cwd(), directory)
     told = project.write_project(
         directory,

@@ -14,11 +14,13 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import ms4
 from ms4.errors import Ms4Error
 
+WEIGHTS = ("fetch", "descale", "verify")
+"""Stages that make weights."""
 _BLOCK = 1 << 22
 
 
@@ -151,6 +153,36 @@ def read_manifest(path: Path, stage: str) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("stage") != stage:
         raise Ms4Error(f"{path}: not a manifest of the stage {stage}. Remove it and run again.")
     return manifest
+
+
+Stage = TypeVar("Stage", bound=str)
+
+
+class Configuration(Protocol):
+    """What a configuration is to a manifest."""
+
+    def part_hash(self, stage: Any) -> str:
+        """Hash of what a stage depends on."""
+
+
+def read_inputs(inputs: Mapping[Stage, Path], config: Configuration) -> dict[Stage, dict[str, Any]]:
+    """The manifests of the stages before, by stage.
+
+    Those of weights name what they were made of themselves; what else was made under another
+    configuration is no input of this run.
+
+    Raises:
+        Ms4Error: one is missing, unreadable, of another stage or of another configuration.
+    """
+    found = {stage: read_manifest(path, stage) for stage, path in inputs.items()}
+    for stage, manifest in found.items():
+        if stage in WEIGHTS or manifest["config_hash"] == config.part_hash(stage):
+            continue
+        raise Ms4Error(
+            f"{inputs[stage]}: made before the configuration was changed: run `snakemake`, which "
+            f"reruns what has to be, or `ms4 {stage}`."
+        )
+    return found
 
 
 def check_files(manifest: Mapping[str, Any], base: Path, *, hashes: bool = False) -> None:

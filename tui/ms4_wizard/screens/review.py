@@ -161,6 +161,9 @@ class ReviewScreen(PlanScreen):
         if not self.flow.directory.strip():
             self._show_fault("Give the project a directory.")
             return None
+        if refused := self.flow.refused_images(answers):
+            self._show_fault(refused)
+            return None
         directory = expand_home(self.flow.directory)
         try:
             writing.check(answers, directory)

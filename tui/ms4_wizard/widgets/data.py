@@ -83,7 +83,7 @@ class _Picture:
         for line in efforts(look):
             yield Text(f"  {line}")
         if found["images"]:
-            yield Text(f"{found['images']:,} images")
+            yield Text(f"{_count(found['images'], 'image')}: answer `text and images` at Modality")
         lengths = found["lengths"]
         yield Text(
             f"tokens a sample: half ≤ {lengths['median']:,}, longest {lengths['longest']:,}", "dim"

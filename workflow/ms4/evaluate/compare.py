@@ -21,8 +21,8 @@ from ms4.evaluate.generate import answer, mean_loss
 from ms4.manifest import (
     check_files,
     file_entry,
+    read_inputs,
     read_json,
-    read_manifest,
     sha256_json,
     write_json,
     write_manifest,
@@ -104,7 +104,7 @@ def verdict(rows: Sequence[dict[str, Any]], wanted: dict[str, float]) -> tuple[s
 
 def run_stage(config: RunConfig) -> None:
     """Evaluate, and write `results/evaluation.json`."""
-    manifests = {stage: read_manifest(path, stage) for stage, path in INPUTS.items()}
+    manifests = read_inputs(INPUTS, config)
     for stage, root in (("descale", BASE), ("train", Path()), ("preprocess", Path())):
         check_files(manifests[stage], root)
     chat = Chat(BASE / "tekken.json")

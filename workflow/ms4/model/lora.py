@@ -319,4 +319,10 @@ def load(model: nn.Module, directory: Path) -> None:
     with torch.no_grad():
         for key, name in wanted.items():
             parameter = parameters[name]
-            parameter.copy_(from_peft(name, stored[key], parameter.shape))
+            try:
+                parameter.copy_(from_peft(name, stored[key], parameter.shape))
+            except RuntimeError as error:  # of another size
+                raise Ms4Error(
+                    f"{path}: {key} has the shape {tuple(stored[key].shape)}, which is not that of "
+                    "adapters.rank; train again."
+                ) from error

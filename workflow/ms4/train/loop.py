@@ -25,7 +25,7 @@ from ms4 import spec
 from ms4.config import AdaptersSection, RunConfig, TrainSection
 from ms4.data.packed import load_packed
 from ms4.errors import Ms4Error
-from ms4.manifest import check_files, file_entry, read_manifest, sha256_json, write_json
+from ms4.manifest import check_files, file_entry, read_inputs, sha256_json, write_json
 from ms4.manifest import write_manifest as write_stage_manifest
 from ms4.model import checkpointing, experts, lora
 from ms4.model.build import choose_device, load_model, prepare_torch
@@ -131,7 +131,7 @@ def open_images(made: dict[str, Any]) -> ImageStore | None:
 
 def run_stage(config: RunConfig) -> None:
     """Train, and write `results/adapter/` and `results/train.json`."""
-    manifests = {stage: read_manifest(path, stage) for stage, path in INPUTS.items()}
+    manifests = read_inputs(INPUTS, config)
     check_files(manifests["descale"], BASE)
     check_files(manifests["preprocess"], Path())
     data = load_packed(Path("data/packed/train.safetensors"))
