@@ -19,8 +19,9 @@ from .conftest import documents, relative
 CPU = torch.device("cpu")
 
 
-def reference(checkpoint, scale="plain"):
-    """transformers' own model, its weights decoded from FP8 bit by bit, eager everything."""
+def reference(checkpoint, scale="plain", raw_experts=False):
+    """transformers' own model, its weights decoded from FP8 bit by bit, eager everything; with the
+    experts' codes as weights if they are to be raw."""
     config = json.loads((checkpoint / "config.json").read_text())
     config.pop("quantization_config")
     config["dtype"] = "float32"
@@ -37,7 +38,8 @@ def reference(checkpoint, scale="plain"):
         value = stored[tensor.disk]
         if tensor.dtype == "F8_E4M3":
             codes = decode_e4m3(value.view(torch.uint8).numpy())
-            scale_inv = stored[tensor.scale].float().numpy()
+            raw = raw_experts and tensor.role == "experts"
+            scale_inv = np.float32(1) if raw else stored[tensor.scale].float().numpy()
             value = torch.from_numpy(codes * scale_inv).bfloat16()
         state[tensor.transformers] = value.float()
     model.load_state_dict(state, strict=True)
@@ -68,13 +70,14 @@ def test_the_softmax_scale_is_the_configured_one(checkpoint, bases, tokens):
 
 
 @torch.no_grad()
-def test_experts_without_their_scales_would_be_seen(checkpoint, bases, tokens):
-    """The common loading fault: raw codes as weights. It must not look like our model."""
-    wrong = reference(checkpoint)
-    for layer in wrong.model.language_model.layers:
-        layer.mlp.experts.gate_up_proj *= 10
-    ours = load_model(bases["bf16"] / "weights/base", "bf16", CPU, torch.float32)
-    assert relative(wrong(input_ids=tokens).logits, ours(input_ids=tokens).logits) > 0.01
+@pytest.mark.parametrize("kind", ["bf16", "nf4", "fp8"])
+def test_experts_without_their_scales_would_be_seen(checkpoint, bases, tokens, kind):
+    """Protects against the common loading fault, the experts' raw codes as weights: what is loaded
+    is near the model with scales, and far from the one without."""
+    ours = load_model(bases[kind] / "weights/base", kind, CPU, torch.float32)
+    found = ours(input_ids=tokens).logits
+    assert relative(found, reference(checkpoint)(input_ids=tokens).logits) < 0.1
+    assert relative(found, reference(checkpoint, raw_experts=True)(input_ids=tokens).logits) > 0.5
 
 
 @torch.no_grad()
@@ -111,6 +114,7 @@ def test_packed_documents_have_the_loss_they_have_alone(device, bases):
 
 @torch.no_grad()
 def test_packed_logits_and_restarting_positions(device, bases):
+    """Protects each packed document, the first one too: it has the logits that it has alone."""
     model = load_model(bases["bf16"] / "weights/base", "bf16", device, torch.float32)
     group = documents([11, 6])
     batch = collate([group]).to(device)
@@ -120,9 +124,9 @@ def test_packed_logits_and_restarting_positions(device, bases):
         position_ids=batch.positions_BT,
         **attention.packed(batch.starts_N, batch.longest),
     ).logits
-    second = torch.from_numpy(group[1][0].astype(np.int64)).to(device)
-    alone = model(input_ids=second[None]).logits
-    assert relative(packed[:, 11:], alone) < 1e-5
+    for (tokens, _), here in zip(group, (slice(0, 11), slice(11, 17)), strict=True):
+        ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
+        assert relative(packed[:, here], model(input_ids=ids[None]).logits) < 1e-5
 
 
 def test_targets_never_cross_a_document():
