@@ -260,6 +260,15 @@ def test_markdown_text_is_no_markup():
     assert card.markdown("<b>&") == "&lt;b&gt;&amp;"
 
 
+@pytest.mark.parametrize("targets", [["attention"], ["shared", "experts"], ["all"]])
+def test_card_names_the_adapters_that_vllm_refuses(project, targets):
+    """Protects who would serve the adapter: vLLM fuses these two projections of attention."""
+    card.run_stage(make_config(adapters={"targets": targets}))
+    text = Path("results/adapter/README.md").read_text()
+    advice = "vLLM refuses adapters on q_a_proj and kv_a_proj_with_mqa; merge this one"
+    assert (advice in text) == (targets != ["shared", "experts"])
+
+
 def test_record(project):
     card.run_stage(make_config())
     written = json.loads(Path("results/report/run.json").read_text())
