@@ -230,6 +230,11 @@ def assert_same_tensors(
         assert name in but or same_bits(found[name], tensor), name
 
 
+def file_names(directory):
+    """Names of the files in a directory, without those of directories, as of locks."""
+    return sorted(path.name for path in directory.iterdir() if path.is_file())
+
+
 def assert_same_files(found: Path, wanted: Path, names: Iterable[str]) -> None:
     """Byte for byte."""
     for name in names:

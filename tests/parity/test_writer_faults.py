@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ms4 import lock
 from ms4.errors import Ms4Error
 from ms4.weights import fp8, writers
 from ms4.weights.base import Base
@@ -69,7 +70,7 @@ def test_the_number_of_threads_does_not_matter(source, tmp_path):
         for threads in (1, 5):
             torch.set_num_threads(threads)
             writers.write_fp8(base, tmp_path / str(threads), limit=30_000)
-    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    names = by_hand.file_names(tmp_path / "1")
     assert len(names) > 6
     by_hand.assert_same_files(tmp_path / "1", tmp_path / "5", names)
 
@@ -108,8 +109,8 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_may_be_repeated(source, tmp
         (tmp_path / "out/tekken.json").write_bytes(b"x")
         write(tmp_path / "out")
         write(tmp_path / "fresh")
-    names = sorted(path.name for path in (tmp_path / "fresh").iterdir())
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    names = by_hand.file_names(tmp_path / "fresh")
+    assert by_hand.file_names(tmp_path / "out") == names
     by_hand.assert_same_files(tmp_path / "out", tmp_path / "fresh", names)
 
 
@@ -117,7 +118,8 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_may_be_repeated(source, tmp
 def test_index_and_settings_come_last(source, tmp_path, kind):
     with Base(by_hand.based(source)) as base, Source(source) as origin:
         writes(base, origin)[kind](tmp_path / "out")
-    when = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    out = tmp_path / "out"
+    when = {name: (out / name).stat().st_mtime_ns for name in by_hand.file_names(out)}
     order = sorted(when, key=when.__getitem__)
     settings = "params.json" if kind == "native" else "config.json"
     assert order[-1] == settings
@@ -143,6 +145,40 @@ def test_a_target_with_something_in_it_is_left_alone(source, tmp_path, name):
                 write(tmp_path / "out")
     assert (tmp_path / "out" / name).read_text() == "mine"
     assert len(list((tmp_path / "out").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "native"])
+def test_a_target_that_another_process_writes_is_left_alone(source, tmp_path, kind):
+    """The lock is that of `descale`, which may be what is at work there."""
+    out = tmp_path / "out"
+    out.mkdir()
+    with Base(by_hand.based(source)) as base, Source(source) as origin:
+        write = writes(base, origin)[kind]
+        with (
+            lock.hold("descale", out / lock.LOCKS),
+            pytest.raises(Ms4Error, match=r"is at work in .*out; two writers would destroy"),
+        ):
+            write(out)
+        assert by_hand.file_names(out) == []
+        write(out)
+    assert by_hand.file_names(out)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "native"])
+def test_a_target_is_locked_while_it_is_written(source, tmp_path, kind, monkeypatch):
+    """Until the last file stands."""
+    out, held = tmp_path / "out", []
+    write_json = writers.write_json
+
+    def look(path, value):
+        held.append(lock.read_owner(out / lock.LOCKS / "descale.owner"))
+        write_json(path, value)
+
+    monkeypatch.setattr(writers, "write_json", look)
+    with Base(by_hand.based(source)) as base, Source(source) as origin:
+        writes(base, origin)[kind](out)
+    assert [owner.pid for owner in held] == [os.getpid()] * 2
+    assert not list((out / lock.LOCKS).glob("*.owner"))
 
 
 # What does not belong together.

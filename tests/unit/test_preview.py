@@ -330,13 +330,6 @@ def test_without_a_checkpoint_and_without_torch() -> None:
     assert done.stderr == ""
 
 
-def test_a_reader_that_leaves_is_no_error(tekken: Path) -> None:
-    write("a.jsonl", *[sample("a", "b")] * 3, *["{}\n"] * 3000)
-    command = f"{sys.executable} -m ms4 data --json --tokenizer {tekken} a.jsonl | head -1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-
-
 # Nothing goes missing.
 
 pieces = st.one_of(

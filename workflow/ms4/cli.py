@@ -1,7 +1,7 @@
 """The command `ms4`: one thin subcommand a stage, and `data`, `resume`, `summary`, `schema`.
 
 Exit codes: 0 done, 1 an unexpected error (a bug: traceback), 2 something that the user can mend
-(one message, no traceback), 130 interrupted.
+(one message, no traceback), 130 interrupted, 141 who read the output left before its end.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import importlib
 import io
 import os
 import re
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -149,20 +151,15 @@ def _data_arguments(command: argparse.ArgumentParser) -> None:
 
 def _data(arguments: argparse.Namespace) -> int:
     """Answer `ms4 data`; returns the exit code."""
-    try:
-        code: int = importlib.import_module("ms4.data.preview").run(
-            arguments.files,
-            as_json=arguments.json,
-            show=arguments.show,
-            effort=arguments.effort,
-            config_file=arguments.config,
-            overrides=arguments.set,
-            tokenizer_file=arguments.tokenizer,
-        )
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; what is still to be written goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    code: int = importlib.import_module("ms4.data.preview").run(
+        arguments.files,
+        as_json=arguments.json,
+        show=arguments.show,
+        effort=arguments.effort,
+        config_file=arguments.config,
+        overrides=arguments.set,
+        tokenizer_file=arguments.tokenizer,
+    )
     return code
 
 
@@ -370,7 +367,36 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+<<<<<<< HEAD
     write_anything(sys.stdout, sys.stderr)
+=======
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here and not when Python ends: it may be what meets no reader
+    except BrokenPipeError:
+        gone = _without_reader()
+        if not gone:
+            raise  # of another pipe: a bug
+        for stream in gone:  # what is still to be written goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        return 128 + signal.SIGPIPE  # as the shell has it of programs that the signal ends
+
+
+def _without_reader() -> list[int]:
+    """Which of standard output and error are pipes whose reader has left, as `| head` does."""
+    found = []
+    for stream in (1, 2):
+        poll = select.poll()
+        poll.register(stream, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            found.append(stream)
+    return found
+
+
+def _run(argv: Sequence[str] | None) -> int:
+>>>>>>> 44fffc461f7512e19b30a29fdff10ee0bf231d9d
     arguments = build_parser().parse_args(argv)
     try:
         match arguments.command:

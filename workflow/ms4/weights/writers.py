@@ -1,7 +1,7 @@
 """From a base back to the checkpoints that others read: HF layout in BF16 or FP8, native layout.
 
 Each is written as a stream, in shards as the publisher splits them; index and settings come last,
-so that what a kill leaves is no checkpoint. The caller holds the lock of what it writes to. What is
+so that what a kill leaves is no checkpoint. A target is locked as `descale` locks its own. What is
 not exact is said on standard error and returned.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ms4 import spec
+from ms4 import lock, spec
 from ms4.errors import Ms4Error
 from ms4.manifest import copy_file, file_entry, read_json, write_json
 from ms4.weights import configs, fp8
@@ -74,7 +75,7 @@ def write_bf16(base: Base, target: Path, limit: int = spec.SHARD_LIMIT) -> Writt
         limit: bytes of tensor data in one shard, at most.
 
     Raises:
-        Ms4Error: the target is not empty, or the disk is full.
+        Ms4Error: the target is not empty, another process writes to it, or the disk is full.
     """
     columns: Columns = {
         tensor.disk: (("BF16", tensor.shape), _bf16_of(base, tensor)) for tensor in base.tensors
@@ -101,7 +102,7 @@ def write_fp8(
 
     Raises:
         Ms4Error: the base is in nf4, the source is another model's, scales are missing, the target
-            is not empty, or the disk is full.
+            is not empty, another process writes to it, or the disk is full.
     """
     if base.to == "nf4":
         raise Ms4Error(
@@ -142,8 +143,8 @@ def write_native(origin: Base | Source, target: Path, limit: int = NATIVE_LIMIT)
         limit: bytes of tensor data in one shard, at most.
 
     Raises:
-        Ms4Error: files of the source are missing, scales are missing, the target is not empty, or
-            the disk is full.
+        Ms4Error: files of the source are missing, scales are missing, the target is not empty,
+            another process writes to it, or the disk is full.
     """
     tensors = spec.tensors(origin.dims)
     coded = isinstance(origin, Source) or origin.to == "fp8"
@@ -274,58 +275,63 @@ def _write(
         f"{_STEM[layout]}-{number:05d}-of-{len(shards):05d}.safetensors": names
         for number, names in enumerate(shards, start=1)
     }
-    _prepare(target, [*files, *BESIDE, INDEX[layout]])
-    needed = sum(table_bytes({name: table[name] for name in names}) for names in shards)
-    check_room(target, needed, "the checkpoint")
-    entries: list[dict[str, Any]] = []
+    planned = [*files, *BESIDE, INDEX[layout], lock.LOCKS.name]
+    with ExitStack() as stack:
+        _check_empty(target, planned)  # before a lock is left in somebody's directory
+        with writable(target):
+            target.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock.hold("descale", target / lock.LOCKS))
+        _check_empty(target, planned)
+        sweep(target)
+        needed = sum(table_bytes({name: table[name] for name in names}) for names in shards)
+        check_room(target, needed, "the checkpoint")
+        entries: list[dict[str, Any]] = []
 
-    def fill(names: list[str], piece: Piece) -> Iterator[tuple[Task, int]]:
-        for name in names:
-            yield from columns[name][1](piece)
+        def fill(names: list[str], piece: Piece) -> Iterator[tuple[Task, int]]:
+            for name in names:
+                yield from columns[name][1](piece)
 
-    def works() -> Iterator[Work]:
-        for file, names in files.items():
-            part = {name: table[name] for name in names}
-            yield Work(target / file, part, partial(fill, names))
+        def works() -> Iterator[Work]:
+            for file, names in files.items():
+                part = {name: table[name] for name in names}
+                yield Work(target / file, part, partial(fill, names))
 
-    def finished(piece: Piece, digest: str) -> None:
-        entries.append({"path": piece.path.name, "size": piece.size, "sha256": digest})
+        def finished(piece: Piece, digest: str) -> None:
+            entries.append({"path": piece.path.name, "size": piece.size, "sha256": digest})
 
-    total = sum(math.prod(shape) for _, shape in table.values())
-    with Meter("write", total) as meter:
-        make(works(), torch.get_num_threads(), finished, meter)
-    if source is not None:
-        source.check_unchanged()
-    weight_map = {name: file for file, names in files.items() for name in names}
-    size = sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in table.values())
-    beside = [name for name in BESIDE if (origin / name).is_file()]
-    with writable(target):
-        for name in beside:
-            copy_file(origin / name, target / name)
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_json(target / INDEX[layout], index)
-        write_json(target / SETTINGS[layout], settings)
-        last = [*beside, INDEX[layout], SETTINGS[layout]]
-        entries += [file_entry(target / name, target) for name in last]
-    made = Written(entries, notes())
-    for note in made.notes:
-        say(note)
-    return made
+        total = sum(math.prod(shape) for _, shape in table.values())
+        with Meter("write", total) as meter:
+            make(works(), torch.get_num_threads(), finished, meter)
+        if source is not None:
+            source.check_unchanged()
+        weight_map = {name: file for file, names in files.items() for name in names}
+        size = sum(ITEM_BYTES[dtype] * math.prod(shape) for dtype, shape in table.values())
+        beside = [name for name in BESIDE if (origin / name).is_file()]
+        with writable(target):
+            for name in beside:
+                copy_file(origin / name, target / name)
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            write_json(target / INDEX[layout], index)
+            write_json(target / SETTINGS[layout], settings)
+            last = [*beside, INDEX[layout], SETTINGS[layout]]
+            entries += [file_entry(target / name, target) for name in last]
+        made = Written(entries, notes())
+        for note in made.notes:
+            say(note)
+        return made
 
 
-def _prepare(target: Path, planned: Sequence[str]) -> None:
-    """Make the target, or empty it of what a writer that was killed left there.
+def _check_empty(target: Path, planned: Sequence[str]) -> None:
+    """Whether the target is new or empty, but for what a writer that was killed left there.
 
     Raises:
         Ms4Error: it holds something else.
     """
     with writable(target):
-        target.mkdir(parents=True, exist_ok=True)
-        found = sorted(path.name for path in target.iterdir())
+        found = sorted(path.name for path in target.iterdir()) if target.exists() else []
     temporary = re.compile(r"\..*\.tmp")
     if other := [n for n in found if n not in planned and not temporary.fullmatch(n)]:
         raise Ms4Error(
             f"{target}: is not empty (it holds {', '.join(other[:3])}); give a new or an empty "
             "directory."
         )
-    sweep(target)
