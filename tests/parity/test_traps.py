@@ -36,12 +36,8 @@ Where the code that could fall into one has a test elsewhere, it is named here a
 13. The layout of an exported expert adapter, and dropout beside it:
     tests/parity/test_adapters.py::test_peft_loads_it_onto_transformers_own_model
     tests/parity/test_adapters.py::test_saved_settings_hold_what_peft_accepts
-<<<<<<< HEAD
-14. Adapters that vLLM refuses: here; what says so is the model card.
-=======
 14. Adapters that vLLM refuses:
     tests/unit/test_report.py::test_card_names_the_adapters_that_vllm_refuses
->>>>>>> ea985d945f2ccd2a2bee6698d98af4d78a23ba8f
 15. Numbers that YAML reads as text:
     tests/unit/test_config.py::test_numbers_that_pyyaml_reads_as_text
 16. Downloads that never resume, locks that everyone is granted:

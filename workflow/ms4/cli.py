@@ -367,9 +367,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-<<<<<<< HEAD
     write_anything(sys.stdout, sys.stderr)
-=======
     try:
         try:
             return _run(argv)
@@ -396,7 +394,6 @@ def _without_reader() -> list[int]:
 
 
 def _run(argv: Sequence[str] | None) -> int:
->>>>>>> 44fffc461f7512e19b30a29fdff10ee0bf231d9d
     arguments = build_parser().parse_args(argv)
     try:
         match arguments.command:
