@@ -12,11 +12,34 @@ from textual.widgets import OptionList
 from ms4_wizard import drafts, merge, writing
 from ms4_wizard.answers import Answers
 from ms4_wizard.draft import Draft
+from ms4_wizard.flow import Flow
 from ms4_wizard.screens.done import DoneScreen
 from ms4_wizard.screens.review import ReviewScreen
 from ms4_wizard.screens.step import StepScreen
 from ms4_wizard.steps import QUESTIONS
 from tests.tui.driving import VALUES, answer, app_of, drive, go_to, review, screen_text, until
+
+
+def test_what_is_computed_after_writing_is_no_draft(place: Path) -> None:
+    """The data may still be read when the project is written."""
+    store = drafts.Store(Path("project"), place / "state")
+    flow = Flow(Draft({"data": {"train": ["train.jsonl"]}}), Path("project"), store=store)
+    flow.save()
+    assert not store.is_empty()
+    flow.written(Path("project"))
+    flow.draft.compute("train.epochs", 3.0)
+    flow.save()
+    assert store.is_empty()
+    for rank, kept in ((8, True), (16, True)):
+        flow.draft.set("adapters.rank", rank)
+        flow.save()
+        assert store.is_empty() is not kept
+    flow.written(Path("project"))
+    flow.draft.set("adapters.rank", 8)
+    flow.save()
+    flow.draft.set("adapters.rank", 16)
+    flow.save()
+    assert store.is_empty(), "what was written again"
 
 
 @pytest.mark.slow

@@ -42,6 +42,8 @@ class Flow:
         """The project whose answers these are, or None."""
         self.store = store
         self.looker = looker
+        self._written: Any = None
+        """What was said when the project was written, if it was."""
         self.data: Size | None = None
         """How much training data there is, once it was looked at."""
 
@@ -117,7 +119,7 @@ class Flow:
         self.draft = draft
         self.directory = str(directory)
         self.opened = directory.resolve() if opened else None
-        self.data = None
+        self.data = self._written = None
         if self.looker is not None:
             self.looker.cancel()
             self.looker.look = None
@@ -127,6 +129,7 @@ class Flow:
     def written(self, directory: Path) -> None:
         """The project was written: no draft is left, and it is the one that is open."""
         self.opened = directory.resolve()
+        self._written = self._said()
         if self.store is not None:
             self.store.forget()
 
@@ -175,5 +178,14 @@ class Flow:
 
     def save(self) -> None:
         """Keep the draft: a terminal that is closed loses nothing."""
-        if self.store is not None:
+        # What is computed later, of data that was still being read, is no answer that was lost.
+        if self.store is None:
+            return
+        if self._said() == self._written:
+            self.store.forget()
+        else:
             self.store.save(self.draft, self.directory)
+
+    def _said(self) -> Any:
+        given = {field: self.draft.get(field) for field in QUESTIONS if self.draft.given(field)}
+        return given, dict(self.draft.typed), self.directory

@@ -358,8 +358,9 @@ def _limits(run: Run) -> list[str]:
     limits = [
         "It was evaluated only on the held-out sets above; what else changed in the model was not "
         "measured.",
-        f"It was trained on sequences of at most {run.config.data.sequence_length:,} tokens, text "
-        "only; the vision tower was not touched.",
+        f"It was trained on sequences of at most {run.config.data.sequence_length:,} tokens, "
+        + ("text only" if run.config.data.modality == "text" else "text and images")
+        + "; the vision tower was not touched.",
         "Load it onto BF16 weights. Where the published checkpoint's FP8 weights are turned into "
         "BF16 on loading, some versions of transformers leave out the scales of the routed "
         "experts, without an error.",
