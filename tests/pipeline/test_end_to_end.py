@@ -229,7 +229,12 @@ def test_another_configuration_starts_anew(prepared, tmp_path):
     values = yaml.safe_load(path.read_text())
     values["train"]["learning_rate"] = 1e-3
     path.write_text(yaml.safe_dump(values))
+    refused = ms4("train", cwd=root)
+    assert refused.returncode == 2
+    assert "results/plan.json: made before the configuration was changed" in refused.stdout
+    assert ms4("plan", cwd=root).returncode == 0
     done = ms4("train", cwd=root)
+    assert done.returncode == 0
     assert "goes on" not in done.stdout
     assert (root / ADAPTER).read_bytes() != adapter
 
