@@ -21,10 +21,6 @@ from tests.examples import examples as examples  # registers its profile before 
 from tests.projects import write_project
 from tests.toy import make_toy
 
-# Before torch is imported, here or in a process that a test starts: threads that wait busily take
-# the time of the other test process.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 LONG = ("test_demo", "test_end_to_end", "test_resume", "test_slurm", "test_descale_kills")
 """Files that take a minute and more: each stays with one worker, so they begin first."""
 
