@@ -25,25 +25,12 @@ from ms4.data.histogram import by_fill, by_length, histogram
 from ms4.data.packing import pack
 from tests.chat_reference import png
 from tests.examples import examples
-
-Record = dict[str, Any]
+from tests.unit.projects import sample, write
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def sample(question: str, answer: str, thinking: str | None = None, **fields: Any) -> Record:
-    said = {"role": "assistant", "content": answer, "reasoning": thinking}
-    return {"messages": [{"role": "user", "content": question}, said], **fields}
-
-
-def write(name: str, *records: Any) -> str:
-    Path(name).write_text(
-        "".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records)
-    )
-    return name
 
 
 @pytest.fixture
