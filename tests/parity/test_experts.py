@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ms4 import memory
 from ms4.model import experts, grouped, stores
 from ms4.weights import fp8, nf4
 
@@ -123,7 +124,7 @@ def test_odd_routings(device, kind, T, K, used):
 def test_a_crowded_slice_goes_in_parts(device, monkeypatch, used, size):
     """No more than twice the even share of rows at once, and the results are the same."""
     torch.manual_seed(2)
-    monkeypatch.setattr(experts, "FEW_ROWS", 5)
+    monkeypatch.setattr(memory, "SLICE_ROWS", 5)
     parts, slices = [], experts._slices
 
     def noted(*arguments):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ms4 import config, memory, spec
-from ms4.model import experts, stores, vision
+from ms4.model import stores, vision
 from tests.parity.accounting import META, Accountant, account, build, full_size, worst
 
 FULL = spec.Dimensions()
@@ -190,5 +190,4 @@ def test_the_account_sees_what_comes_and_goes():
 
 def test_slices_are_those_of_the_code():
     assert stores.Workspace.on(META).experts == memory.EXPERT_SLICE
-    assert (experts.SHARES, experts.FEW_ROWS) == (memory.SLICE_SHARES, memory.SLICE_ROWS)
     assert stores.CPU_BYTES == memory.CPU_SLICE_BYTES

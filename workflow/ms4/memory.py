@@ -31,7 +31,9 @@ ABSMAX_BLOCK = 256
 EXPERT_SLICE = 16
 """Experts that are dequantized at once on CUDA."""
 SLICE_SHARES, SLICE_ROWS = 2, 1024
-"""Rows that a slice takes at once, at most: so many times its even share, and so many anyway."""
+"""Rows that a slice takes at once, at most: so many times what even routing brings to it, and so
+many anyway. More go in several turns, each of which dequantizes the slice again: at most half as
+many turns more, and memory that is known whatever the router does."""
 CPU_SLICE_BYTES = 4 << 20
 """The same on a CPU: what stays in its cache, but an expert at least."""
 OPTIMIZER_BLOCK = 256
@@ -211,6 +213,11 @@ def slice_experts(dims: spec.Dimensions, kind: DeviceKind) -> int:
     return min(dims.experts, max(1, CPU_SLICE_BYTES // largest))
 
 
+def slice_rows(rows: int, size: int, experts: int) -> int:
+    """Rows that a slice of `size` of the experts takes at once, of so many that are routed."""
+    return max(SLICE_ROWS, math.ceil(SLICE_SHARES * rows * size / experts))
+
+
 def layer_saved(config: RunConfig, dims: spec.Dimensions, tokens: int, width: int) -> int:
     """What a layer keeps for its backward pass if nothing is computed again.
 
@@ -295,7 +302,8 @@ def layer_transient(config: RunConfig, dims: spec.Dimensions, tokens: int, kind:
     """
     width, K = COMPUTE_BYTES[kind], dims.experts_per_token
     share = slice_experts(dims, kind) / dims.experts
-    rows = min(tokens * K, max(SLICE_ROWS, math.ceil(SLICE_SHARES * share * tokens * K)))
+    routed = tokens * K
+    rows = min(routed, slice_rows(routed, slice_experts(dims, kind), dims.experts))
     moving: float = rows * width * (dims.hidden + 6 * dims.expert_width)
     moving += tokens * width * (2 * dims.hidden + K * dims.hidden)
     if config.method == "lora" and "experts" in config.adapters.presets:

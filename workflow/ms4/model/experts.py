@@ -26,6 +26,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from ms4.memory import slice_rows
 from ms4.model.grouped import outer, product
 from ms4.model.stores import ExpertStore, Which, Workspace
 
@@ -38,12 +39,6 @@ SELECT_SHARE = 0.7
 weights are gathered first. In NF4 that moves half a byte a weight in and out, and dequantizing half
 a byte in and two out: n of N experts take 3.5·n with gathering and 2.5·N without, the same at 0.71.
 With 128 experts and four a token that share is passed at about 40 tokens: it is for generation."""
-SHARES = 2
-"""Rows of a slice that are multiplied at once, at most: so many times what even routing brings to
-one. More go in several turns, each of which dequantizes the slice again: at most half as many turns
-more, and memory that is known whatever the router does."""
-FEW_ROWS = 1024
-"""Rows that go at once in any case."""
 
 
 class ExpertLora(nn.Module):
@@ -88,7 +83,7 @@ def _slices(
     largest = max(p.store.shape[1] * p.store.shape[2] for p in projections)
     size = projections[0].workspace.size(largest, like.dtype)
     starts = [0, *ends[:-1]]
-    most = most_rows(ends[-1], size, len(ends))
+    most = slice_rows(ends[-1], size, len(ends))
     for low in range(0, len(ends), size):
         high = min(low + size, len(ends))
         rows = ends[high - 1] - starts[low]
@@ -102,11 +97,6 @@ def _slices(
                 which = torch.tensor(used, device=like.device)
             offsets = (offsets_E[which] - begin).clamp_(max=end - begin)
             yield _Slice(which, slice(begin, end), offsets.to(torch.int32))
-
-
-def most_rows(rows: int, size: int, experts: int) -> int:
-    """Rows that a slice of `size` of the experts takes at once, of so many that are routed."""
-    return max(FEW_ROWS, math.ceil(SHARES * rows * size / experts))
 
 
 @dataclass(frozen=True)
