@@ -12,36 +12,36 @@ from ms4.cli import main
 
 
 def piped(command: str, reader: str, directory: Path) -> tuple[int, str]:
-    """Exit code of `ms4 COMMAND | READER`, and what it says on standard error."""
-    line = f"{sys.executable} -m ms4 {command} | {reader}; exit ${{PIPESTATUS[0]}}"
+    """Exit code of `COMMAND | READER`, and what it says on standard error."""
+    line = f"{sys.executable} -m {command} | {reader}; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", line], cwd=directory, capture_output=True, text=True, check=False
     )
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize("command", ["plan --json", "schema"])
+@pytest.mark.parametrize("command", ["ms4 plan --json", "ms4 schema", "ms4_wizard --print-schema"])
 def test_a_reader_that_leaves_ends_it_quietly(command: str, tmp_path: Path) -> None:
     """Also if the little that there is to write waits in a buffer until the end."""
     assert piped(command, "true", tmp_path) == (141, "")
 
 
 def test_a_reader_that_leaves_the_help(tmp_path: Path) -> None:
-    code, told = piped("--help", "true", tmp_path)
+    code, told = piped("ms4 --help", "true", tmp_path)
     assert code in (0, 141)  # unbuffered, argparse itself meets the pipe, and passes over it
     assert told == ""
 
 
 def test_a_reader_that_leaves_the_faults_of_data(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("{}\n" * 3000)
-    code, told = piped("data --json a.jsonl", "head -c 300", tmp_path)
+    code, told = piped("ms4 data --json a.jsonl", "head -c 300", tmp_path)
     assert code in (2, 141)  # all may be written before `head` ends
     assert "Traceback" not in told
     assert "BrokenPipe" not in told
 
 
 def test_standard_error_without_a_reader(tmp_path: Path) -> None:
-    assert piped("plan --config no.yaml 2>&1", "true", tmp_path) == (141, "")
+    assert piped("ms4 plan --config no.yaml 2>&1", "true", tmp_path) == (141, "")
 
 
 def test_a_reader_that_stays_gets_all(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import ms4
 from ms4 import completion
-from ms4.errors import Ms4Error, printable, write_anything
+from ms4.errors import Ms4Error, printable, to_a_reader
 
 # The first frame comes before the configuration and the planner: each function imports its own.
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ exit codes:
   2    something to mend: the command line, the answers, the data, the directory, or a run that
        does not fit; nothing was written
   130  interrupted
+  141  who read the output left before its end
 """
 
 
@@ -302,8 +303,11 @@ def _only_with_answers(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    write_anything(sys.stdout, sys.stderr)
     words = sys.argv[1:] if argv is None else list(argv)
+    return to_a_reader(lambda: _run(words))
+
+
+def _run(words: list[str]) -> int:
     if words[:1] == ["watch"]:
         from ms4_wizard.watch.cli import main as watch
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
-import os
 import re
-import select
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -22,7 +19,7 @@ from typing import TextIO
 
 import ms4
 from ms4 import completion, config, lock, settings
-from ms4.errors import Ms4Error, printable, write_anything
+from ms4.errors import Ms4Error, printable, to_a_reader
 
 CONFIG = Path("config/config.yaml")
 """A project's configuration file."""
@@ -367,30 +364,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    write_anything(sys.stdout, sys.stderr)
-    try:
-        try:
-            return _run(argv)
-        finally:
-            sys.stdout.flush()  # here and not when Python ends: it may be what meets no reader
-    except BrokenPipeError:
-        gone = _without_reader()
-        if not gone:
-            raise  # of another pipe: a bug
-        for stream in gone:  # what is still to be written goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        return 128 + signal.SIGPIPE  # as the shell has it of programs that the signal ends
-
-
-def _without_reader() -> list[int]:
-    """Which of standard output and error are pipes whose reader has left, as `| head` does."""
-    found = []
-    for stream in (1, 2):
-        poll = select.poll()
-        poll.register(stream, 0)
-        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
-            found.append(stream)
-    return found
+    return to_a_reader(lambda: _run(argv))
 
 
 def _run(argv: Sequence[str] | None) -> int:

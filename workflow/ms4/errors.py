@@ -2,9 +2,13 @@
 
 import io
 import json
+import os
+import select
+import signal
 import sys
 import unicodedata
-from typing import Any, TextIO
+from collections.abc import Callable
+from typing import Any
 
 
 class Ms4Error(Exception):
@@ -26,12 +30,39 @@ def printable(text: str) -> str:
     return "".join(map(shown, text))
 
 
-def write_anything(*streams: TextIO) -> None:
-    """Let these streams write what they cannot encode as escapes: a terminal may know ASCII alone,
-    and a file's name need not be UTF-8."""
-    for stream in streams:
+def to_a_reader(run: Callable[[], int]) -> int:
+    """Run a command for whoever reads what it writes; returns its exit code.
+
+    What standard output and error cannot encode is written as escapes: a terminal may know ASCII
+    alone, and a file's name need not be UTF-8. If the reader leaves, as `| head` does, the command
+    ends without a word, with the code that the shell has for programs that the signal ends.
+    """
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return run()
+        finally:
+            sys.stdout.flush()  # here and not when Python ends: it may be what meets no reader
+    except BrokenPipeError:
+        gone = _without_reader()
+        if not gone:
+            raise  # of another pipe: a bug
+        for number in gone:  # what is still to be written goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        return 128 + signal.SIGPIPE
+
+
+def _without_reader() -> list[int]:
+    """Which of standard output and error are pipes whose reader has left."""
+    found = []
+    for number in (1, 2):
+        poll = select.poll()
+        poll.register(number, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            found.append(number)
+    return found
 
 
 def print_json(value: Any) -> None:
