@@ -124,6 +124,7 @@ def test_nothing_is_written_while_a_stage_is_at_work(place: Path, answers: Answe
         with pytest.raises(Ms4Error, match=r"project: `ms4 train` \(process .* is at work there"):
             writing.write_from_answers(other, Path("project"))
         assert Path("project/config/config.yaml").read_bytes() == before
+        writing.write_from_answers(answers, Path("project"))  # it changes nothing
         assert writing.write_from_answers(other, Path("project"), dry_run=True)
     writing.write_from_answers(other, Path("project"))
     assert Path("project/config/config.yaml").read_bytes() != before

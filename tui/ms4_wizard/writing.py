@@ -75,10 +75,12 @@ def write_from_answers(
 
     Raises:
         Ms4Error: it cannot fit, data are missing, the directory holds something else, or a stage
-            is at work in it.
+            is at work in it and would find other answers.
     """
     check(answers, directory)
-    if not dry_run and (owners := live_owners(directory)):
+    # What changes nothing is no harm: `make demo` writes its project again after any kill.
+    owners = [] if dry_run else live_owners(directory)
+    if owners and preview(answers, directory):
         raise Ms4Error(
             f"{directory}: {owners[0]} is at work there, under the answers as they were. Wait for "
             f"it, or stop it (`ms4-wizard watch {quoted(directory)}`), and write then."
