@@ -67,9 +67,10 @@ def evaluation_rows():
     return rows
 
 
-def write_evaluation(verdict="pass", failures=(), rows=None):
+def write_evaluation(verdict="pass", failures=(), rows=None, run=None):
     manifest.write_manifest(
-        Path("results/evaluation.json"), "evaluate", config_hash="6",
+        Path("results/evaluation.json"), "evaluate",
+        config_hash=(run or make_config()).part_hash("evaluate"),
         rows=evaluation_rows() if rows is None else rows, verdict=verdict, failures=list(failures),
     )  # fmt: skip
 
@@ -78,7 +79,12 @@ def write_evaluation(verdict="pass", failures=(), rows=None):
 def project(tmp_path, monkeypatch):
     """The files of a run, as its stages leave them."""
     monkeypatch.chdir(tmp_path)
-    write = manifest.write_manifest
+    write_run(make_config())
+    return tmp_path
+
+
+def write_run(run):
+    write, made = manifest.write_manifest, run.part_hash
     source = {"directory": "weights/tiny", "origin": "tiny"}
     write(Path("weights/source.json"), "fetch", config_hash="0", **source)
     write(Path("weights/base.json"), "descale", config_hash="1", source_scales={"a": [1.0]})
@@ -93,17 +99,24 @@ def project(tmp_path, monkeypatch):
                            "high": {"samples": 1900, "tokens": 120_000, "trained_tokens": 47_655}},
              }  # fmt: skip
     test = {name: {"samples": 100, "tokens": 4800} for name in ("seal", "chat")}
-    write(Path("results/data.json"), "preprocess", config_hash="3", train=train, test=test)
+    write(
+        Path("results/data.json"),
+        "preprocess",
+        config_hash=made("preprocess"),
+        train=train,
+        test=test,
+    )
     parts = {"routed experts (nf4)": 0.0004, "process": 0.5, "layer activations": 0.03}
-    write(Path("results/plan.json"), "plan", config_hash="4", device="cpu", device_gib=16,
+    write(Path("results/plan.json"), "plan", config_hash=made("plan"), device="cpu", device_gib=16,
           components=parts, peak_gib=0.5304, host_gib=0.53, disk_gib=0.01, steps=190,
           budget_gib=None)  # fmt: skip
     adapter = [{"target": "attention", "tensors": 40, "parameters": 51_200},
                {"target": "experts", "tensors": 16, "parameters": 262_144}]  # fmt: skip
-    write(Path("results/train.json"), "train", config_hash="5", steps=190, adapter=adapter,
+    write(Path("results/train.json"), "train", config_hash=made("train"), steps=190,
+          adapter=adapter,
           trainable_parameters=313_344, first_loss=7.21, last_loss=0.0061,
           trained_tokens=133_000)  # fmt: skip
-    write_evaluation()
+    write_evaluation(run=run)
     lines(Path("results/metrics.jsonl"), map(metric, range(1, 191)))
     machine = {
         "device": "cpu",
@@ -121,7 +134,6 @@ def project(tmp_path, monkeypatch):
         for model in ("untuned", "tuned") for name, effort in SCORES for line in range(1, 6)
     ]  # fmt: skip
     lines(Path("results/evaluation/examples.jsonl"), answers)
-    return tmp_path
 
 
 class Page(HTMLParser):
@@ -239,6 +251,12 @@ def test_front_matter_holds_with_any_directory_name(project, name):
     Page(Path("results/report/report.html").read_text(encoding="utf-8"))
 
 
+def test_results_of_another_configuration_are_no_report(project):
+    with pytest.raises(Ms4Error, match=r"results/plan\.json: made before the configuration was"):
+        card.run_stage(make_config(train={"learning_rate": 1e-5}))
+    assert not Path("results/report").exists()
+
+
 def test_hub_revision(project):
     source = {
         "directory": "weights/source",
@@ -246,8 +264,10 @@ def test_hub_revision(project):
         "repository": "o/n",
         "revision": "ab1",
     }
+    run = make_config(model={"source": "o/n"})
+    write_run(run)
     manifest.write_manifest(Path("weights/source.json"), "fetch", config_hash="0", **source)
-    card.run_stage(make_config(model={"source": "o/n"}))
+    card.run_stage(run)
     front, body = front_matter(Path("results/adapter/README.md").read_text())
     assert front["base_model"] == "o/n"
     assert "o/n (revision ab1)" in body
@@ -263,7 +283,9 @@ def test_markdown_text_is_no_markup():
 @pytest.mark.parametrize("targets", [["attention"], ["shared", "experts"], ["all"]])
 def test_card_names_the_adapters_that_vllm_refuses(project, targets):
     """Protects who would serve the adapter: vLLM fuses these two projections of attention."""
-    card.run_stage(make_config(adapters={"targets": targets}))
+    run = make_config(adapters={"targets": targets})
+    write_run(run)
+    card.run_stage(run)
     text = Path("results/adapter/README.md").read_text()
     advice = "vLLM refuses adapters on q_a_proj and kv_a_proj_with_mqa; merge this one"
     assert (advice in text) == (targets != ["shared", "experts"])
@@ -301,8 +323,10 @@ def test_without_machine_and_examples(project):
 
 
 def test_no_held_out_set(project):
-    write_evaluation("none", rows=[])
-    card.run_stage(make_config(data={"train": ["a.jsonl"]}, evaluate={}))
+    run = make_config(data={"train": ["a.jsonl"]}, evaluate={})
+    write_run(run)
+    write_evaluation("none", rows=[], run=run)
+    card.run_stage(run)
     Page(Path("results/report/report.html").read_text(encoding="utf-8"))
 
 

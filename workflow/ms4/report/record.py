@@ -24,7 +24,7 @@ import psutil
 import ms4
 from ms4.config import RunConfig, Stage
 from ms4.errors import Ms4Error
-from ms4.manifest import read_json, read_manifest, sha256_file, write_json
+from ms4.manifest import read_inputs, read_json, sha256_file, write_json
 from ms4.report.table import EVALUATION, Pair, pair_rows
 
 RESULTS = Path("results")
@@ -121,9 +121,9 @@ def read_run(config: RunConfig) -> Run:
     """Read what the stages before left in the current directory.
 
     Raises:
-        Ms4Error: a file is missing or broken.
+        Ms4Error: a file is missing, broken or of another configuration.
     """
-    manifests = {stage: read_manifest(path, stage) for stage, path in MANIFESTS.items()}
+    manifests = read_inputs(MANIFESTS, config)
     return Run(
         config=config,
         manifests=manifests,
