@@ -74,6 +74,8 @@ def test_one_failure_stops_the_others_and_keeps_what_came(
 ) -> None:
     names = shards(checkpoint)
     server.faults += [
+        # A second later, when the others have what comes of them.
+        Fault(f"*/{names[2]}", times=1, status=503, headers={"Retry-After": "1"}),
         Fault(f"*/{names[2]}", times=1, status=404, headers={"X-Error-Code": "EntryNotFound"}),
         Fault("*/model-*", hold_after=1000),
     ]
