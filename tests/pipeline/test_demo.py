@@ -28,10 +28,11 @@ def test_no_held_out_problem_occurs_in_training():
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_demo_learns_and_keeps(tmp_path):
-    """The way of `make demo`: answers, project, pipeline."""
+    """The way of `make demo`: answers, project, pipeline; on one thread, since two that wait for
+    each other beside another test take twice as long."""
     root = tmp_path / "demo"
     wizard = (sys.executable, "-m", "ms4_wizard", "--answers", "examples/answers.yaml", root)
-    written = run(*wizard, cwd=CHECKOUT)
+    written = run(*wizard, "--set", "run.threads=1", cwd=CHECKOUT)
     assert written.returncode == 0, written.stdout
     done = snakemake("--profile", "local", cwd=root, timeout=2300)
     assert done.returncode == 0, done.stdout

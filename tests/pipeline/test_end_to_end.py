@@ -314,6 +314,7 @@ def test_real_text(prepared, checkpoint, tmp_path):
     answers(values, root, str(checkpoint))
     values["train"] |= {"epochs": 1, "steps": None}
     values["evaluate"]["max_new_tokens"] = 8
+    values["run"]["threads"] = 1
     path.write_text(yaml.safe_dump(values))
     done = snakemake("--profile", "local", cwd=root)
     assert done.returncode == 0, done.stdout
