@@ -36,6 +36,8 @@ from ms4.manifest import file_entry, write_json, write_manifest
 
 ROUNDS = 5
 """Each way takes its turn so often; the middle ratio counts."""
+PAIRS = 7
+"""Of the stage with one process and with two; the middle ratio counts."""
 SCALING_BYTES = 64 << 20
 MEMORY_BYTES = (256 << 20, 4 << 30)
 CLAIM = (
@@ -209,7 +211,7 @@ def scaling(directory: Path) -> dict[str, Any]:
     """The stage with one process and with two."""
     data = directory / "scaling.jsonl"
     write_data(data, SCALING_BYTES)
-    rounds = [[preprocess(directory, data, threads) for threads in (1, 2)] for _ in range(3)]
+    rounds = [[preprocess(directory, data, threads) for threads in (1, 2)] for _ in range(PAIRS)]
     empty = directory / "empty.jsonl"
     write_data(empty, 10_000)
     # Starting Python and loading the vocabulary is not what is to scale.

@@ -12,7 +12,7 @@ import pytest
 
 from ms4 import cli
 from ms4.config_data import DataSection, FieldName, ThinkingCase
-from ms4.data.formats import FORMATS
+from ms4.data.format_names import FORMATS
 from tests.commands import CHECKOUT
 
 GUIDE = (CHECKOUT / "docs/data.md").read_text(encoding="utf-8")

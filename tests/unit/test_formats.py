@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ms4.config_data import DataSection, Format
 from ms4.data.conversation import Conversation, Image, parse_record
 from ms4.data.faults import SampleFault
+from ms4.data.format_names import FORMATS
 from ms4.data.formats import (
-    FORMATS,
     Reading,
     detect,
     in_its_names,
@@ -431,6 +431,16 @@ def test_a_fault_says_what_is_wrong_and_what_to_do(
     with pytest.raises(SampleFault, match=message) as caught:
         read(record, **data)
     assert ";" in str(caught.value)
+
+
+def test_a_record_of_another_format_than_its_file_is_called_so() -> None:
+    reading = Reading.of("messages", DataSection(train=["a"]))
+    with pytest.raises(SampleFault, match="no `messages` .* written as Alpaca: give each"):
+        to_conversation({"instruction": "a", "output": "b"}, reading)
+    for broken in ({"messages": 3}, {"other": 3}):
+        with pytest.raises(SampleFault) as caught:
+            to_conversation(broken, reading)
+        assert "is written as" not in str(caught.value)
 
 
 KEYS = ["messages", "conversations", "role", "content", "from", "value", "type", "text", "image"]

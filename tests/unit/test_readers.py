@@ -209,6 +209,7 @@ def write(path: Path, data: bytes | str) -> Path:
         ("a.jsonl", '{"a": 1}\n{"a": \n', [(2, "not valid JSON: Expecting value")]),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', [(2, "not UTF-8; convert")]),
         ("a.jsonl", "{}".encode("utf-16"), [(None, "UTF-16; convert it to UTF-8 with `iconv -f")]),
+        ("a.jsonl", "{}".encode("utf-32"), [(None, "UTF-32; convert it to UTF-8 with `iconv -f")]),
         ("a.json", '[{"a": 1},\n{"a": 2}', [(None, "ends before its list does: it may be")]),
         ("a.json", '[{"a": 1},\n{"a": "x}\n,\n{"a": 3}]', [(2, "not valid JSON")]),
         ("a.json", '[{"a": [1},\n{"a": 2}]', [(1, "not valid JSON")]),
@@ -291,6 +292,16 @@ def test_a_record_without_end_does_not_fill_the_memory(
     assert [row.line for row in rows(path)] == [1, 2, 3]
     path = write(tmp_path / "a.csv", "a,b\n1,2\n" + "1," * 1000 + "\n1,2\n")
     assert [(row.line, row.ends) for row in rows(path)] == [(2, False), (3, True)]
+    # A row goes over lines, each of them short.
+    path = write(tmp_path / "a.csv", "a,b\n1,2\n" + '"x\n",' * 1000 + "\n1,2\n")
+    found = faults(path)
+    assert [line for line, _ in found] == [3]
+    assert found[0][1].startswith("a row of more than 0 MiB: the file is broken; ")
+    whole = "".join(f'{n},"{"x" * 300}\n{"y" * 300}"\n' for n in range(5))
+    assert [row.fault for row in rows(write(tmp_path / "a.csv", "a,b\n" + whole))] == [None] * 5
+    monkeypatch.setattr("ms4.data.readers.MAX_CELLS", 100)
+    path = write(tmp_path / "a.csv", "a,b\n1,2\n" + "," * 101 + "\n1,2\n")
+    assert faults(path) == [(3, "a row of more than 100 cells: the file is broken; correct it")]
     path = write(tmp_path / "a.txt", "x" * 2000)
     assert faults(path)[0][1].startswith("a text of more than")
 

@@ -24,7 +24,8 @@ from ms4.data import split
 from ms4.data.chat import Chat
 from ms4.data.conversation import Conversation
 from ms4.data.faults import Faults, SampleFault
-from ms4.data.formats import NAMES, Reading, in_its_names, to_conversation
+from ms4.data.format_names import NAMES
+from ms4.data.formats import Reading, in_its_names, to_conversation
 from ms4.data.image_store import ImageStoreWriter
 from ms4.data.packed import PackedData as PackedData
 from ms4.data.packed import PackedWriter
@@ -196,6 +197,8 @@ class _Signatures:
 def copies_of(key: bytes, weight: float) -> int:
     """How often a sample is taken at this weight; a fraction by the sample's content."""
     whole = int(weight)
+    if whole == weight:
+        return whole
     # Not the key itself: `holdout` decides by that, and the two choices must not go together.
     digest = hashlib.sha256(b"weight" + key).digest()
     return whole + (int.from_bytes(digest[:8], "big") < (weight - whole) * 2.0**64)

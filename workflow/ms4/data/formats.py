@@ -20,27 +20,16 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from ms4.config_data import DataSection, FieldName, Format
 from ms4.data.conversation import Conversation, parse_record
 from ms4.data.faults import SampleFault
+from ms4.data.format_names import FORMATS, NAMES, format_of
 from ms4.data.image_places import with_images
 from ms4.data.json_text import kind_of, parse_json, short
 
 Record = dict[str, Any]
-
-FORMATS: tuple[Format, ...] = tuple(name for name in get_args(Format) if name != "auto")
-
-NAMES: dict[Format, str] = {
-    "messages": "OpenAI messages",
-    "sharegpt": "ShareGPT",
-    "alpaca": "Alpaca",
-    "prompt_completion": "prompt–completion",
-    "question_answer": "question–answer",
-    "text": "plain text",
-}
-"""Formats by the names that people know."""
 
 _LISTS = ("conversations", "conversation", "messages")
 _THINKING = ("thinking", "reasoning_content", "reasoning")
@@ -121,34 +110,12 @@ def detect(records: Iterable[object], data: DataSection) -> Format:
     for record in records:
         if isinstance(record, dict):
             try:
-                found = _format_of(_renamed(record, Reading.of("auto", data)))
+                found = format_of(_renamed(record, Reading.of("auto", data)))
             except SampleFault:
                 continue
             if found is not None:
                 votes[found] += 1
     return max(FORMATS, key=lambda name: votes[name]) if votes else "messages"
-
-
-def _format_of(record: Record) -> Format | None:
-    if "messages" in record:
-        return "messages"
-    for key in ("conversations", "conversation"):
-        turns = record.get(key)
-        if isinstance(turns, list):
-            first = next((turn for turn in turns if isinstance(turn, dict)), {})
-            return "messages" if "role" in first and "from" not in first else "sharegpt"
-    for keys, name in _BY_KEYS:
-        if all(any(key in record for key in either) for either in keys):
-            return name
-    return None
-
-
-_BY_KEYS: tuple[tuple[tuple[tuple[str, ...], ...], Format], ...] = (
-    ((("instruction",), ("output", "response")), "alpaca"),
-    ((("prompt",), ("completion", "response")), "prompt_completion"),
-    ((("question",), ("answer", "response")), "question_answer"),
-    ((("text",),), "text"),
-)
 
 
 def to_conversation(record: object, reading: Reading) -> Conversation:
@@ -160,7 +127,20 @@ def to_conversation(record: object, reading: Reading) -> Conversation:
     if not isinstance(record, dict):
         return parse_record(record)  # which says what it is
     record = _renamed(record, reading)
-    if reading.format == "text":
+    try:
+        return _conversation(record, reading.format)
+    except SampleFault as fault:
+        other = format_of(record)
+        if other in (None, reading.format):
+            raise
+        raise SampleFault(
+            f"{fault}; it is written as {NAMES[other]}: give each format a file of its own, or "
+            "correct data.format"
+        ) from fault
+
+
+def _conversation(record: Record, format: Format) -> Conversation:
+    if format == "text":
         return _plain(record)
     convert = {
         "messages": _messages,
@@ -168,7 +148,7 @@ def to_conversation(record: object, reading: Reading) -> Conversation:
         "alpaca": _alpaca,
         "prompt_completion": _prompt_completion,
         "question_answer": _question_answer,
-    }[reading.format]
+    }[format]
     converted = convert(record)
     for key in ("reasoning_effort", "tools", "functions"):
         if record.get(key) is not None and key not in converted:

@@ -176,7 +176,7 @@ class PackedWriter:
     def __enter__(self) -> PackedWriter:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         for name in ("tokens", "trained"):
-            self._files[name] = self._temporary[name].open("w+b")
+            self._files[name] = self._temporary[name].open("w+b", buffering=1 << 20)
         return self
 
     def __exit__(
@@ -193,8 +193,8 @@ class PackedWriter:
 
     def add(self, tokens: Int32s, trained: Uint8s) -> None:
         """Take a document."""
-        self._files["tokens"].write(np.ascontiguousarray(tokens, dtype="<i4").tobytes())
-        self._files["trained"].write(np.ascontiguousarray(trained, dtype=np.uint8).tobytes())
+        self._files["tokens"].write(np.ascontiguousarray(tokens, dtype="<i4").data)
+        self._files["trained"].write(np.ascontiguousarray(trained, dtype=np.uint8).data)
         self._lengths.append(len(tokens))
 
     @property

@@ -6,13 +6,13 @@ Each record ends as exactly one outcome: a sample, or the reason why it is none.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from ms4.errors import Ms4Error
 
 Int32s = npt.NDArray[np.int32]
 Uint8s = npt.NDArray[np.uint8]
+Made = TypeVar("Made")
 
 LOOKED_AT = 100
 """Records of a file that its format is told from."""
@@ -89,6 +90,7 @@ class Sample:
     key: bytes
     effort: Effort
     encoded: Encoded
+    trained_tokens: int
     turns: int
     """Of the assistant."""
     thinks: bool
@@ -204,7 +206,8 @@ class Preparer:
                     too_long=length,
                 )
             (conversation, encoded), truncated = shorter, True
-        if not encoded.trained.any():
+        trained_tokens = int(np.count_nonzero(encoded.trained))
+        if not trained_tokens:
             raise SampleFault(
                 "nothing of it would be trained: its turns have weight 0, or hold only what "
                 "data.untrained or data.earlier_thinking leaves out; remove it"
@@ -216,6 +219,7 @@ class Preparer:
                 key=key,
                 effort=settled.effort,
                 encoded=encoded,
+                trained_tokens=trained_tokens,
                 turns=len(conversation.assistant_turns),
                 thinks=conversation.has_thinking,
                 plain=plain,
@@ -268,16 +272,30 @@ class Preparer:
 # Processes.
 
 
+Columns = dict[str, Iterable[Any]]
 _NONE = np.zeros(0, dtype=np.int32)
 _BARE = Encoded(_NONE, _NONE.astype(np.uint8), _NONE.astype(np.int64))
 
 
+def _columns(objects: Sequence[Row | Outcome | Sample]) -> Columns:
+    """The values of each field of objects of one kind: sent several times faster than these."""
+    values = (vars(one).values() for one in objects)
+    return dict(zip(vars(objects[0]), zip(*values, strict=True), strict=True)) if objects else {}
+
+
+def _objects(kind: Callable[..., Made], columns: Columns) -> list[Made]:
+    """What the columns were made of."""
+    return [kind(*values) for values in zip(*columns.values(), strict=True)]
+
+
 @dataclass
 class _Sent:
-    """A batch on its way between processes: its arrays as one, which is sent several times faster
-    than thousands of small ones."""
+    """A batch on its way between processes, its arrays as one of each kind."""
 
-    batch: Batch
+    rest: Batch
+    """But for its outcomes."""
+    outcomes: Columns
+    samples: Columns
     beside: list[tuple[tuple[images.EncodedImage, ...], Counter[str]] | None]
     """Of each sample, what it has beside its arrays: images and changes; None: neither."""
     lengths: list[int]
@@ -288,10 +306,11 @@ class _Sent:
     def of(cls, batch: Batch) -> _Sent:
         samples = [o.sample for o in batch.outcomes if o.sample is not None]
         encoded = [sample.encoded for sample in samples]
-        for sample in samples:
-            sample.encoded = _BARE
+        there = [outcome.sample is not None for outcome in batch.outcomes]
         return cls(
-            batch=batch,
+            rest=replace(batch, outcomes=[]),
+            outcomes=_columns(batch.outcomes) | {"sample": there},
+            samples=_columns(samples) | {"encoded": ()},
             beside=[(e.images, e.changed) if e.images or e.changed else None for e in encoded],
             lengths=[len(e.tokens) for e in encoded],
             tokens=np.concatenate([_NONE, *(e.tokens for e in encoded)]),
@@ -300,22 +319,20 @@ class _Sent:
 
     def received(self) -> Batch:
         """The batch; its samples' turns cannot be cut any more."""
-        samples = [o.sample for o in self.batch.outcomes if o.sample is not None]
         nothing = (_BARE.images, _BARE.changed)
+        encoded = []
         start = 0
-        for sample, beside, length in zip(samples, self.beside, self.lengths, strict=True):
+        for beside, length in zip(self.beside, self.lengths, strict=True):
             end = start + length
-            sample.encoded = Encoded(
-                self.tokens[start:end],
-                self.trained[start:end],
-                _BARE.turn_ends,
-                *(beside or nothing),
-            )
+            tokens, trained = self.tokens[start:end], self.trained[start:end]
+            encoded.append(Encoded(tokens, trained, _BARE.turn_ends, *(beside or nothing)))
             start = end
-        return self.batch
+        samples = iter(_objects(Sample, self.samples | {"encoded": encoded}))
+        there = [next(samples) if there else None for there in self.outcomes["sample"]]
+        return replace(self.rest, outcomes=_objects(Outcome, self.outcomes | {"sample": there}))
 
 
-Pool = Processes[[list[Row], Reading, Source], _Sent]
+Pool = Processes[[Columns, Reading, Source], _Sent]
 
 
 class Workers:
@@ -339,7 +356,7 @@ class Workers:
         waiting: deque[Future[_Sent]] = deque()
         try:
             for batch in _batched(rows):
-                waiting.append(self._pool.submit(batch, reading, source))
+                waiting.append(self._pool.submit(_columns(batch), reading, source))
                 if len(waiting) >= self._window:
                     yield waiting.popleft().result().received()
             while waiting:
@@ -366,8 +383,8 @@ def started(chat: Chat, recipe: Recipe, count: int, size: int) -> Iterator[Worke
         yield Workers(preparer, None, 1)
         return
 
-    def work(rows: list[Row], reading: Reading, source: Source) -> _Sent:
-        return _Sent.of(preparer.batch(rows, reading, source))
+    def work(rows: Columns, reading: Reading, source: Source) -> _Sent:
+        return _Sent.of(preparer.batch(_objects(Row, rows), reading, source))
 
     with Processes(count, work) as pool:
         yield Workers(preparer, pool, count)

@@ -24,7 +24,7 @@ from ms4.config import RunConfig, check
 from ms4.data.chat import Chat
 from ms4.data.dataset import FAULTS, SOURCE, copies_of, load_chat
 from ms4.data.faults import Faults
-from ms4.data.formats import NAMES
+from ms4.data.format_names import NAMES
 from ms4.data.histogram import by_fill, by_length, histogram
 from ms4.data.packing import pack
 from ms4.data.prepare import Recipe, Sample, documents, read_files, started

@@ -7,6 +7,7 @@ nothing wakes: the other processes hold the pipe open. Here a killed process clo
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -38,6 +39,8 @@ class Processes(Generic[P, Answer]):
             work: what they do. It sees what the caller's memory holds now; later arguments and
                 results are sent.
         """
+        # What is there is not collected in them: to look at it would copy the pages that it is on.
+        gc.freeze()
         context = get_context("fork")
         self._idle: SimpleQueue[Connection] = SimpleQueue()
         self._processes = []
@@ -48,6 +51,7 @@ class Processes(Generic[P, Answer]):
             theirs.close()
             self._processes.append(process)
             self._idle.put(ours)
+        gc.unfreeze()
         self._threads = ThreadPoolExecutor(count)
 
     def __enter__(self) -> Processes[P, Answer]:

@@ -27,9 +27,15 @@ from ms4.data.sources import FAULTS_FILE, Source, is_pattern
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _COMPRESSED = {".gz", ".zst", ".zstd"}
-_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_OTHER_UTF = {
+    # UTF-32 first: its mark begins with that of UTF-16.
+    "UTF-32": (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"),
+    "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
+}
 _TEXT_SUFFIXES = {".txt", ".md", ".text"}
 _TABLES = {".csv": ",", ".tsv": "\t"}
+MAX_CELLS = 1_000_000
+"""Of a row of a table."""
 _LOCALE = sys.getfilesystemencoding()
 _NO_FILES = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 _INTERRUPTED = "the compressed data ends or is damaged here: what follows is lost; copy it again"
@@ -131,8 +137,9 @@ def _file_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Row]:
             yield from table_rows(path, file)
             on_bytes(path.stat().st_size)
             return
-        if head.startswith(_UTF16):
-            yield _of_file("UTF-16; convert it to UTF-8 with `iconv -f UTF-16 -t UTF-8`")
+        utf = next((name for name, marks in _OTHER_UTF.items() if head.startswith(marks)), None)
+        if utf is not None:
+            yield _of_file(f"{utf}; convert it to UTF-8 with `iconv -f {utf} -t UTF-8`")
             return
         stream: IO[bytes] = file
         if head.startswith(_GZIP):
@@ -256,32 +263,53 @@ def _plain_rows(stream: IO[bytes]) -> Iterator[Row]:
         yield Row(1, {"text": text})
 
 
-def _short_lines(text: IO[str]) -> Iterator[str]:
-    """The lines of a text.
+class _TooLargeError(Exception):
+    """A row that would fill the memory: what is too large, and what to do."""
 
-    Raises:
-        OverflowError: one is longer than a record may be, and would fill the memory.
-    """
-    while line := text.readline(MAX_RECORD + 1):
-        if len(line) > MAX_RECORD:
-            raise OverflowError
-        yield line
+
+class _Lines:
+    """The lines of a table, as long as those of one row are not too much."""
+
+    def __init__(self, text: IO[str], delimiter: str) -> None:
+        self._text, self._delimiter = text, delimiter
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        """Count anew: the next line is another row's."""
+        self._characters = self._cells = 0
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield them.
+
+        Raises:
+            _TooLargeError: a row is longer than a record may be, or has too many cells.
+        """
+        while line := self._text.readline(MAX_RECORD + 1):
+            self._characters += len(line)
+            self._cells += line.count(self._delimiter)
+            if self._characters > MAX_RECORD:
+                raise _TooLargeError(f"a row of more than {MAX_RECORD >> 20} MiB")
+            if self._cells > MAX_CELLS:  # an object each, of many times the bytes
+                raise _TooLargeError(f"a row of more than {MAX_CELLS:,} cells")
+            yield line
 
 
 def _table_rows(stream: IO[bytes], delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(MAX_RECORD)
     # Bytes that are not UTF-8 become surrogates, so that their row, and no other, is refused.
     text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(_short_lines(text), delimiter=delimiter, strict=True)
+    lines = _Lines(text, delimiter)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
+        lines.begin_row()
         try:
             cells = next(reader)
         except StopIteration:
             return
-        except OverflowError:
-            fault = f"a line of more than {MAX_RECORD >> 20} MiB: the file is broken; correct it"
+        except _TooLargeError as large:
+            fault = f"{large}: the file is broken; correct it"
             yield Row(line, None, fault, records=0, ends=True)
             return
         except csv.Error as error:

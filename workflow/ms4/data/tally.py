@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ class Tally:
     by_effort: dict[str, Counter[str]] = field(
         default_factory=lambda: {effort: Counter() for effort in EFFORTS}
     )
-    by_kind: dict[str, Counter[str]] = field(default_factory=dict)
+    by_kind: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     notes: Counter[str] = field(default_factory=Counter)
     """What policies let pass or mended: `missing fix`."""
     changed: Counter[str] = field(default_factory=Counter)
@@ -58,7 +58,7 @@ class Tally:
 
     def take(self, sample: Sample) -> None:
         """Count a sample."""
-        tokens, trained = len(sample.encoded.tokens), int(sample.encoded.trained.sum())
+        tokens, trained = len(sample.encoded.tokens), sample.trained_tokens
         self.records += 1
         self.samples += 1
         self.truncated += sample.truncated
@@ -76,7 +76,7 @@ class Tally:
             self.changed.update(sample.encoded.changed)
         self.lengths.append(tokens)
         kind = _kind(sample)
-        for count in (self.by_effort[sample.effort], self.by_kind.setdefault(kind, Counter())):
+        for count in (self.by_effort[sample.effort], self.by_kind[kind]):
             count["samples"] += 1
             count["tokens"] += tokens
             count["trained_tokens"] += trained
