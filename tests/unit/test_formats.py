@@ -435,7 +435,7 @@ def test_a_fault_says_what_is_wrong_and_what_to_do(
 
 def test_a_record_of_another_format_than_its_file_is_called_so() -> None:
     reading = Reading.of("messages", DataSection(train=["a"]))
-    with pytest.raises(SampleFault, match="no `messages` .* written as Alpaca: give each"):
+    with pytest.raises(SampleFault, match=r"no `messages` .* written as Alpaca: give each"):
         to_conversation({"instruction": "a", "output": "b"}, reading)
     for broken in ({"messages": 3}, {"other": 3}):
         with pytest.raises(SampleFault) as caught:
