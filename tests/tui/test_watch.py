@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ms4 import config
 from ms4.config import STAGES
 from ms4.errors import Ms4Error
 from ms4_wizard.watch import control
@@ -135,6 +136,37 @@ def test_all_is_done(tmp_path: Path) -> None:
     # What somebody removes is to be done again.
     (tmp_path / OUTPUTS["evaluate"]).unlink()
     assert states(look(tmp_path))["evaluate"] == "waiting"
+
+
+def test_what_another_configuration_made_is_to_be_done_again(tmp_path: Path) -> None:
+    runs.project(tmp_path)
+
+    def configure(**more: object) -> config.RunConfig:
+        path = runs.put(
+            tmp_path, "config/config.yaml", json.dumps({"data": {"train": ["a"]}, **more})
+        )
+        return config.load(path)
+
+    made = configure()
+    for stage in STAGES:
+        manifest = {"stage": stage, "config_hash": made.part_hash(stage), "steps": 400}
+        runs.put(tmp_path, str(OUTPUTS[stage]), json.dumps(manifest))
+    runs.put(tmp_path, "results/metrics.jsonl", runs.metrics(400))
+    watcher = Watcher(tmp_path)
+    assert watcher.look().says == "finished"
+    configure(evaluate={"max_new_tokens": 7})
+    seen = watcher.look()
+    assert list(states(seen).values()) == ["done"] * 6 + ["waiting"] * 2
+    assert (seen.says, len(seen.metrics.steps)) == ("stopped", 400)
+    # All later ones are made of what is outdated, though their own settings are as they were.
+    configure(data={"train": ["b"]})
+    seen = watcher.look()
+    assert list(states(seen).values()) == ["done"] * 3 + ["waiting"] * 5
+    assert (seen.metrics.steps, seen.steps) == ([], 400)
+    runs.this_process_runs(tmp_path, "train")
+    assert len(watcher.look().metrics.steps) == 400
+    runs.put(tmp_path, "config/config.yaml", "data: [")
+    assert watcher.look().stages[-1].state == "done", "nobody can tell"
 
 
 # Files that are half there.

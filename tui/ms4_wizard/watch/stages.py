@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 import psutil
 
-from ms4 import lock
+from ms4 import config, lock
 from ms4.config import STAGES
+from ms4.errors import Ms4Error
+from ms4.manifest import WEIGHTS
 from ms4.resume import find_resume, find_snakemake
 from ms4_wizard.watch.follow import Follower
 from ms4_wizard.watch.metrics import Metrics, MetricsFile, number
@@ -31,6 +33,7 @@ OUTPUTS: Mapping[str, Path] = {
 }
 """What each stage leaves when it is done."""
 
+CONFIG = Path("config/config.yaml")
 LAUNCHED = Path("logs/snakemake.log")
 """What the Snakemake that was started from here prints."""
 
@@ -130,6 +133,7 @@ class Watcher:
         self._metrics = MetricsFile(self.root)
         self._train_log = Follower(self.root / "logs/train.log")
         self._last_words = ""
+        self._config: tuple[tuple[int, int], config.RunConfig | None] | None = None
         self._runner: tuple[psutil.Process, bool] | None = None
         self._scanned = 0.0
 
@@ -152,9 +156,20 @@ class Watcher:
         if latest is not None and not latest.ended and latest.host not in (None, _this_host()):
             elsewhere = latest.host
         runs = (runner is not None and not waits) or elsewhere is not None
-        stages = tuple(self._stage(name, sessions, owners, runs, now) for name in STAGES)
+        outdated = self._outdated()
+        there = {
+            name
+            for name in STAGES
+            if (self.root / OUTPUTS[name]).is_file() and name not in outdated
+        }
+        stages = tuple(
+            self._stage(name, name in there, sessions, owners, runs, now) for name in STAGES
+        )
         plan = _read(self.root / OUTPUTS["plan"])
-        train = _read(self.root / OUTPUTS["train"])
+        train = _read(self.root / OUTPUTS["train"]) if "train" in there else {}
+        metrics = self._metrics.read()
+        if "train" in outdated and all(owner.stage != "train" for owner in owners):
+            metrics = Metrics()
         steps = train.get("steps", plan.get("steps"))
         planned = number(plan.get("peak_gib"))
         return Snapshot(
@@ -164,7 +179,7 @@ class Watcher:
             waits=waits,
             elsewhere=elsewhere,
             stopping=runs and latest is not None and not latest.ended and latest.asked_to_stop,
-            metrics=self._metrics.read(),
+            metrics=metrics,
             steps=steps if type(steps) is int and steps > 0 else None,
             planned_gib=planned if planned > 0 else None,
         )
@@ -191,6 +206,7 @@ class Watcher:
     def _stage(
         self,
         name: str,
+        done: bool,
         sessions: Sequence[Session],
         owners: Sequence[lock.Owner],
         runs: bool,
@@ -199,7 +215,6 @@ class Watcher:
         for owner in owners:
             if owner.stage == name:
                 return Stage(name, "running", max(0.0, now - owner.started), owner.slurm_job)
-        done = (self.root / OUTPUTS[name]).is_file()
         latest = sessions[-1] if sessions else None
         session = next((one for one in reversed(sessions) if name in one.jobs), None)
         if runs and latest is not None and session is not latest and name in latest.planned:
@@ -209,7 +224,7 @@ class Watcher:
         job = session.jobs[name]
         seconds = job.ended - job.begun if job.ended and job.begun else None
         if job.state == "finished":
-            # What it made may have been removed since.
+            # What it made may have been removed since, or the configuration changed.
             return Stage(name, "done", seconds) if done else Stage(name, "waiting")
         if done and session is not latest:
             return Stage(name, "done")  # by `ms4 STAGE`, say
@@ -217,6 +232,30 @@ class Watcher:
             return Stage(name, "queued", now - job.begun if job.begun else None, job.slurm)
         asked = session.asked_to_stop or (name == "train" and self._stopped_by_a_signal())
         return Stage(name, "stopped" if asked or job.state == "begun" else "failed", seconds)
+
+    def _outdated(self) -> frozenset[str]:
+        """Stages that must run again: their results, or what those were made of, are of another
+        configuration. Of weights their manifests alone do not tell."""
+        settings = self._settings()
+        made = [name for name in STAGES if name not in WEIGHTS]
+        for at, name in enumerate(made if settings is not None else ()):
+            found = _read(self.root / OUTPUTS[name]).get("config_hash")
+            if settings is not None and found not in (None, settings.part_hash(name)):
+                return frozenset(made[at:])
+        return frozenset()
+
+    def _settings(self) -> config.RunConfig | None:
+        """The configuration; None: it cannot be read, or is wrong."""
+        path = self.root / CONFIG
+        try:
+            status = path.stat()
+            version = status.st_mtime_ns, status.st_size
+            if self._config is None or self._config[0] != version:
+                self._config = version, None
+                self._config = version, config.load(path)
+        except (OSError, Ms4Error):
+            return None
+        return self._config[1]
 
     def _stopped_by_a_signal(self) -> bool:
         """Whether the training's last words are that it saved a checkpoint and stopped."""
