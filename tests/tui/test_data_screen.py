@@ -232,6 +232,42 @@ def test_data_that_is_not_there_is_told_beside_the_question(place: Path) -> None
     drive(app_with_looker(VALUES), how)
 
 
+@pytest.mark.parametrize(
+    ("step", "field", "old"), [("data", "data.train", "b.jsonl"), ("adapters", "adapters.rank", "")]
+)
+def test_what_is_typed_meanwhile_stays(place: Path, step: str, field: str, old: str) -> None:
+    """A control is ahead of the draft by the keys whose messages are on their way."""
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, step)
+        control: Any = answer(pilot, field).control
+        screen: Any = pilot.app.screen
+        flow = pilot.app.flow  # type: ignore[attr-defined]
+        for number in range(3):
+            if isinstance(control, TextArea):
+                control.text = f"{number}{old}"
+                control.move_cursor((0, 1))
+                control.insert("a")
+                control.action_delete_left()
+                control.insert("x")
+            else:
+                control.value = f"{number + 7}"
+            wanted = control.text if isinstance(control, TextArea) else control.value
+            screen.answers_changed()  # by a look at the data that ended, say
+            assert wanted == (control.text if isinstance(control, TextArea) else control.value)
+            await pilot.pause()
+            assert flow.draft.text(answer(pilot, field).question) == wanted
+        # What is changed elsewhere is shown, and typing goes on behind it.
+        flow.draft.set(field, ["new"] if isinstance(control, TextArea) else 6)
+        screen.answers_changed()
+        control.focus()
+        await pilot.press("1")
+        await pilot.pause()
+        assert flow.draft.get(field) in (["new1"], 61, "61")
+
+    drive(app_with_looker(VALUES), how)
+
+
 def test_why_the_data_is_not_looked_at(place: Path) -> None:
     flow = Flow(Draft({"data": {"train": []}}), place)
     assert flow.unread().startswith("Name the data")

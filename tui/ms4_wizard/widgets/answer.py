@@ -58,6 +58,8 @@ class Answer(Vertical):
         )
         self.question = question
         self._draft = draft
+        self._taken = printable(draft.text(question))
+        """The text of the control as the draft has it; typing goes ahead of it."""
 
     def compose(self) -> ComposeResult:
         control = self._control()
@@ -121,13 +123,16 @@ class Answer(Vertical):
             read = Draft({})
             read.answer(self.question, control.text)
             same = read.get(self.question.field) == self._draft.get(self.question.field)
-            if not control.disabled and not same and control.text != text:
-                control.text = text
-        elif isinstance(control, Input) and control.value != text:
-            control.value = text
+            ahead = control.text != self._taken
+            if not control.disabled and not same and not ahead and control.text != text:
+                control.text = self._taken = text
+                control.move_cursor(control.document.end)
+        elif isinstance(control, Input) and control.value == self._taken != text:
+            control.value = self._taken = text
             control.cursor_position = len(text)  # else what is typed next goes into its middle
 
     def _take(self, text: str) -> None:
+        self._taken = text
         # Controls report what they begin with, too.
         if text != printable(self._draft.text(self.question)):
             self._draft.answer(self.question, text)
@@ -139,7 +144,7 @@ class Answer(Vertical):
     @on(Input.Changed)
     def _typed(self, event: Input.Changed) -> None:
         event.stop()
-        self._take(event.value)
+        self._take(event.input.value)
 
     @on(TextArea.Changed)
     def _written(self, event: TextArea.Changed) -> None:
