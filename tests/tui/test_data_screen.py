@@ -53,7 +53,7 @@ def test_data_is_looked_at_beside_the_screen(place: Path) -> None:
         await until(pilot, lambda: settled(pilot.app))
         await until(pilot, lambda: "1 record lost" in screen_text(pilot))
         text = screen_text(pilot)
-        assert "chat messages, 21 records" in text
+        assert "OpenAI messages, 21 records" in text
         assert "effort none: 10 (50%)" in text
         assert "train.jsonl:21: not valid JSON" in text
         # The same as the command says.
@@ -290,7 +290,7 @@ def test_faults_below_the_edge_are_reached_by_keys(place: Path) -> None:
         await until(pilot, lambda: "`ms4 data FILE` lists all" in screen_text(pilot))
         for _ in range(3):
             await pilot.press("pageup")
-        await until(pilot, lambda: "chat messages, 10 records" in screen_text(pilot))
+        await until(pilot, lambda: "OpenAI messages, 10 records" in screen_text(pilot))
 
     drive(app_with_looker(VALUES), how)
 

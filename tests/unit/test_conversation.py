@@ -415,7 +415,7 @@ def test_an_unreadable_file(tmp_path: Path) -> None:
 def test_a_file_without_samples(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content, newline="")
-    assert "FILE: holds no samples; remove it" in read(path)[1]
+    assert "FILE: holds no samples; leave it out" in read(path)[1]
 
 
 def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_the_outputs_are_those_of_the_commands(ran: dict[str, str]) -> None:
     whole = "\n".join(ran.values())
-    assert len(blocks("text")) == 3
+    assert len(blocks("text")) == 4
     for text in blocks("text"):
         assert text.rstrip("\n") in whole
 

@@ -307,7 +307,7 @@ def test_joined_messages_and_other_tags_are_told(capsys: pytest.CaptureFixture[s
     assert result()["train"]["changed"] == {"joined": 3}
     assert result()["train"]["thinking"] == {"other_tags text": 2}
     out = capsys.readouterr().out
-    assert "rules: 3 messages that are joined to the one before, of the same role" in out
+    assert "rules: messages are joined to the one before, of the same role (3 times)" in out
     assert "thinking by other tags (2 samples): only `<think>` and `[THINK]` mean" in out
 
 

@@ -189,9 +189,9 @@ def write(path: Path, data: bytes | str) -> Path:
 @pytest.mark.parametrize(
     ("name", "data", "expected"),
     [
-        ("a.jsonl", "", [(None, "holds no samples; remove it")]),
-        ("a.json", "[]", [(None, "holds no samples; remove it")]),
-        ("a.csv", "a,b\n", [(None, "holds no samples; remove it")]),
+        ("a.jsonl", "", [(None, "holds no samples; leave it out")]),
+        ("a.json", "[]", [(None, "holds no samples; leave it out")]),
+        ("a.csv", "a,b\n", [(None, "holds no samples; leave it out")]),
         ("a.csv", "a,a\n1,2\n", [(None, "its first row must name the columns, each differently")]),
         ("a.csv", "a,\n1,2\n", [(None, "its first row must name the columns, each differently")]),
         ("a.csv", "a,b\n1\n2,3\n4,5,6\n", [(2, "1 cell, but the table has 2 columns"),

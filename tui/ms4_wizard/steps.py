@@ -32,7 +32,7 @@ STEPS: tuple[Step, ...] = (
                 "data.train",
                 "lines",
                 "Training data",
-                "Files of conversations, one path a line; JSONL chat messages are usual.",
+                "Files of conversations, one path a line; JSONL of OpenAI messages is usual.",
             ),
             Question(
                 "data.faulty",

@@ -391,6 +391,7 @@ def _run(argv: Sequence[str] | None) -> int:
         print(printable(f"ms4 {arguments.command}: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"ms4 {arguments.command}: interrupted; the same command goes on.", file=sys.stderr)
+        does = "starts anew" if arguments.command == "data" else "goes on"
+        print(f"ms4 {arguments.command}: interrupted; the same command {does}.", file=sys.stderr)
         return 130
     return 0

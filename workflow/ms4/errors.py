@@ -1,5 +1,6 @@
 """The one exception that a user is meant to see, and how its text reaches a terminal."""
 
+import errno
 import io
 import json
 import os
@@ -8,7 +9,12 @@ import signal
 import sys
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What writing ends with where there is no room, or no disk any more."""
 
 
 class Ms4Error(Exception):
@@ -35,8 +41,12 @@ def to_a_reader(run: Callable[[], int]) -> int:
 
     What standard output and error cannot encode is written as escapes: a terminal may know ASCII
     alone, and a file's name need not be UTF-8. If the reader leaves, as `| head` does, the command
-    ends without a word, with the code that the shell has for programs that the signal ends.
+    ends without a word, with the code that the shell has for programs that the signal ends. To a
+    closed standard output nothing is written; one that takes no more is told, and the code is 2.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - until Python ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -52,6 +62,16 @@ def to_a_reader(run: Callable[[], int]) -> int:
         for number in gone:  # what is still to be written goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.filename is not None or error.errno not in _FULL:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        print(
+            f"standard output, or a file, cannot be written ({error.strerror}); make room and run "
+            "again",
+            file=sys.stderr,
+        )
+        return 2
 
 
 def _without_reader() -> list[int]:

@@ -74,10 +74,12 @@ def read_setting(setting: str, model: type[BaseModel]) -> tuple[str, Any]:
         try:
             adapter.validate_python(value)
         except ValidationError as error:
-            faults.append(error.errors()[0]["msg"])
+            faults.append(error.errors()[0])
         else:
             return field, value
-    raise Ms4Error(f"--set {field}: {faults[0]} (it is {text!r})")
+    # Of a list whose item is wrong rather than that the text is no list.
+    told = max(faults, key=lambda fault: len(fault["loc"]))
+    raise Ms4Error(f"--set {field}: {told['msg']} (it is {text!r})")
 
 
 def put(values: dict[str, Any], field: str, value: Any) -> None:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from safetensors.torch import save_file
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
@@ -26,6 +25,7 @@ from ms4.data.chat import Chat
 from ms4.data.conversation import parse_record
 from ms4.data.tekken import write_tekken
 from ms4.manifest import commit_file, write_json
+from ms4.progress import track
 from ms4.weights import configs, fp8
 
 STEPS = 800
@@ -70,7 +70,7 @@ def _teach(model: Mistral3ForConditionalGeneration, chat: Chat, seed: int, steps
     optimizer = torch.optim.AdamW(weights, lr=PEAK_LEARNING_RATE, weight_decay=0.0)
     batches = _batches(chat, seed)
     losses = []
-    for step in track(range(steps), description="teaching the tiny model"):
+    for step in track(range(steps), "teaching the tiny model"):
         # Constant for the first half, then linearly to zero.
         optimizer.param_groups[0]["lr"] = PEAK_LEARNING_RATE * min(1.0, 2 * (1 - step / steps))
         tokens_BT, targets_BT = next(batches)

@@ -8,18 +8,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from textual.widgets import Static
 
+from ms4.data.format_names import NAMES
 from ms4.errors import printable
 from ms4.memory import size
 from ms4_wizard.looking import Look
-
-FORMATS = {
-    "messages": "chat messages",
-    "sharegpt": "ShareGPT",
-    "alpaca": "Alpaca",
-    "prompt_completion": "prompt and completion",
-    "question_answer": "question and answer",
-    "text": "plain text",
-}
 
 
 def progress(look: Look, width: int) -> Iterator[Text]:
@@ -68,7 +60,7 @@ class _Picture:
     def _found(self, look: Look, width: int) -> Iterator[Text]:
         found = look.found
         for name, file in list(found["files"].items())[:3]:
-            told = FORMATS.get(file["format"], file["format"])
+            told = NAMES.get(file["format"], file["format"])
             short = printable(name)
             short = short if len(short) <= width else "…" + short[1 - width :]
             yield Text(short, "bold")

@@ -285,6 +285,23 @@ class Chat:
         """Text of token ids; control ids by their names."""
         return self._tokenizer.decode([int(token) for token in tokens], SpecialTokenPolicy.KEEP)
 
+    def decode_shown(self, tokens: npt.NDArray[np.int32]) -> str:
+        """Text of token ids as `decode` gives it, but for images: each by the number of its tokens,
+        `[IMG × 345]`."""
+        shown = []
+        ids = iter(tokens.tolist())
+        text: list[int] = []
+        for token in ids:
+            if token not in self._in_image:
+                text.append(token)
+                continue
+            count = 2  # this one and the end
+            while next(ids, self._end_image) != self._end_image:
+                count += 1
+            shown += [self.decode(text), f"[IMG × {count:,}]"]
+            text = []
+        return "".join([*shown, self.decode(text)])
+
     def decode_question(self, tokens: list[int]) -> str:
         """Text of a prompt; each image is one [IMG]."""
         short = [token for token in tokens if token not in self._in_image]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,22 @@ LISTED = 20
 
 KEPT = 100_000
 """So many are kept: a file of another kind than it seems can have millions."""
+_SPECIAL = re.compile(r"`[^`]*`|'[^']*'|\d+")
 
 
 def count(number: int, noun: str) -> str:
     """`1 sample`, `1,200 samples`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _of_each_kind(lines: list[str]) -> list[str]:
+    """At most `LISTED` of the lines, in their order: the first of each kind, then the first ones.
+    What differs in numbers or in what is quoted is of one kind."""
+    kinds: dict[str, int] = {}
+    for number, line in enumerate(lines):
+        kinds.setdefault(_SPECIAL.sub("", line.partition(": ")[2]), number)
+    chosen = dict.fromkeys([*kinds.values(), *range(len(lines))])
+    return [lines[number] for number in sorted(list(chosen)[:LISTED])]
 
 
 class SampleFault(Exception):
@@ -71,8 +83,8 @@ class Faults:
         ]
 
     def first(self) -> list[str]:
-        """The first ones."""
-        return self._lines()[:LISTED]
+        """The first ones, of as many kinds as can be."""
+        return _of_each_kind(self._lines())
 
     def _lines(self) -> list[str]:
         return [" ".join(fault.text.splitlines()) for fault in sorted(self._faults)]
@@ -87,7 +99,7 @@ class Faults:
         unlisted = self._count - len(lines)
         rest = [f"and {unlisted} more that are not listed"] if unlisted else []
         manifest.write_text(path, "\n".join(lines + rest) + "\n")
-        listed = lines[:LISTED]
+        listed = _of_each_kind(lines)
         if self._count > LISTED:
             listed.append(f"and {self._count - LISTED} more (all in {path})")
         return listed

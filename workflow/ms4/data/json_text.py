@@ -36,7 +36,8 @@ def parse_json(text: str, changed: Counter[str] | None = None) -> Any:
             value = _mended(value, changed)
     except json.JSONDecodeError as error:
         raise SampleFault(
-            f"not valid JSON: {error.msg} (column {error.colno}); write one JSON object a line"
+            f"not valid JSON: {error.msg} (column {error.colno}); correct it (in JSONL, each line "
+            "is an object of its own)"
         ) from error
     except RecursionError as error:
         raise SampleFault("JSON nested too deeply; flatten it") from error

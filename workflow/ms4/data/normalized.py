@@ -11,11 +11,11 @@ from ms4.data.conversation import Conversation, Message
 from ms4.data.json_text import without_halves
 
 WORDS = {
-    "trailing_spaces": "turns whose trailing spaces are stripped",
-    "joined": "messages that are joined to the one before, of the same role",
-    "surrogates": "halves of surrogate pairs that become U+FFFD",
-    "image_first": "turns whose image goes before their text",
-    "results_reordered": "turns whose tool results go in the order of their calls",
+    "trailing_spaces": "trailing spaces of turns are stripped",
+    "joined": "messages are joined to the one before, of the same role",
+    "surrogates": "halves of surrogate pairs become U+FFFD",
+    "image_first": "images of turns go before their text",
+    "results_reordered": "tool results go in the order of their calls",
 }
 """Kinds of changes, and how they are told."""
 

@@ -190,10 +190,16 @@ class Preparer:
         truncated = False
         if length > data.sequence_length and not plain:
             if data.too_long != "truncate":
+                way_out = (
+                    "raise it or shorten the sample (data.too_long is `drop`)"
+                    if data.too_long == "drop"
+                    else "raise it, shorten the sample, or set data.too_long to `drop` or "
+                    "`truncate`"
+                )
                 return Outcome(
                     row.line,
                     refused=f"{length} tokens, but data.sequence_length is {data.sequence_length}; "
-                    "raise it, shorten the sample, or set data.too_long to `drop` or `truncate`",
+                    f"{way_out}",
                     fault=data.too_long == "error",
                     too_long=length,
                 )
@@ -206,6 +212,8 @@ class Preparer:
                     too_long=length,
                 )
             (conversation, encoded), truncated = shorter, True
+        if plain:  # nothing stands before a piece's first token that it could follow from
+            encoded.trained[:: data.sequence_length] = 0
         trained_tokens = int(np.count_nonzero(encoded.trained))
         if not trained_tokens:
             raise SampleFault(

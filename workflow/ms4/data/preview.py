@@ -11,7 +11,7 @@ import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class FileCounts:
     """One file's share."""
 
     format: str
-    """The format's name in the configuration."""
+    """The format's name in the configuration; `unknown` of a file without records."""
     records: int = 0
     samples: int = 0
     unused: set[str] = field(default_factory=set)
@@ -62,14 +62,16 @@ class Survey:
     tally: Tally = field(default_factory=Tally)
     faults: Faults = field(default_factory=Faults)
     """Why each dropped record was dropped, whether or not that would stop `ms4 preprocess`."""
+    by_settings: int = 0
+    """How many of these a setting leaves out."""
     filled: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     """Tokens of each sequence."""
 
     @property
     def format(self) -> str:
         """The format of all files, or `mixed`."""
-        found = {counts.format for counts in self.files.values()}
-        return found.pop() if len(found) == 1 else "mixed"
+        found = {counts.format for counts in self.files.values() if counts.records}
+        return "mixed" if len(found) > 1 else next(iter(found), "unknown")
 
 
 def read_settings(
@@ -91,13 +93,12 @@ def read_settings(
         tree, root = yaml_text.parse(yaml_text.read(config, "configuration file"), str(config))
         check(tree, str(config), root)
         values = tree
+        weights = values["data"].get("weights") or {}
+        values["data"]["weights"] = {name: w for name, w in weights.items() if name in files}
     for override in overrides:
         name, value = settings.read_setting(override, RunConfig)
         settings.put(values, name, value)
     settings.put(values, "data.train", list(files))
-    data = values["data"]
-    if isinstance(data.get("weights"), dict):  # the configuration's, of other files perhaps
-        data["weights"] = {name: w for name, w in data["weights"].items() if name in files}
     settings.put(values, "data.test", {})
     settings.put(values, "data.holdout", 0.0)
     if effort is not None:
@@ -117,7 +118,9 @@ def tokenizer(path: Path | None, config: RunConfig) -> Chat:
     """
     largest = config.data.images.max_size
     if path is not None:
-        if path.exists() and not path.is_file():  # a pipe might never be written to
+        if not path.exists():
+            raise Ms4Error(f"{path}: no such file; name a tekken.json.")
+        if not path.is_file():  # a pipe might never be written to
             raise Ms4Error(f"{path}: not a file; name a tekken.json.")
         return Chat(path, largest)
     if SOURCE.is_file():
@@ -166,12 +169,15 @@ def survey(
                     if outcome.sample is None:
                         found.tally.refuse(outcome, f"{name}:{outcome.line}")
                         found.faults.add(name, outcome.line, outcome.refused)
+                        found.by_settings += not outcome.fault
                         continue
                     counts.samples += 1
                     found.tally.take(outcome.sample)
                     for tokens, _ in documents(outcome.sample, config.data.sequence_length):
                         copies = copies_of(outcome.sample.key, weight)
                         lengths.extend([len(tokens)] * copies)
+            if not counts.records:
+                counts.format = "unknown"
     packed = np.frombuffer(lengths, dtype=np.int64)
     members, starts = pack(packed, config.data.sequence_length, config.data.packing)
     if len(members):
@@ -205,7 +211,10 @@ def find_sample(
                     seen += outcome.sample is not None
                     if outcome.sample is not None and seen == number:
                         return f"{result.source.name}:{outcome.line}", outcome.sample
-    raise Ms4Error(f"--show {number}: the data has {count(seen, 'sample')} that can be used.")
+    raise Ms4Error(
+        f"--show {number}: the data has {count(seen, 'sample')} that can be used; without --show, "
+        "the reasons are told."
+    )
 
 
 def run(
@@ -225,6 +234,8 @@ def run(
     """
     # A shell's `*` names the list of faults too, which is no data.
     files = [name for name in files if Path(name).name != FAULTS_FILE]
+    if "" in files:
+        raise Ms4Error("a file without a name; name data files.")
     if not files:
         raise Ms4Error(f"{FAULTS_FILE} is what this command wrote; name data files.")
     config = read_settings(files, config_file, overrides, effort)
@@ -351,11 +362,10 @@ def _report(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
     if tally.samples:
         lines += _content(config, found, costs)
     lines += statements(tally, length)
-    lines += _fault_lines(found.faults)
+    lines += _fault_lines(found)
     if not tally.samples:
-        lines.append(
-            "nothing can be used: correct the faults, or declare data.format or data.fields"
-        )
+        declare = ", or declare data.format or data.fields" if tally.records else ""
+        lines.append(f"nothing can be used: correct the faults{declare}")
     return lines
 
 
@@ -395,12 +405,20 @@ def _content(config: RunConfig, found: Survey, costs: _Costs) -> list[str]:
     return lines
 
 
-def _fault_lines(faults: Faults) -> list[str]:
-    if not len(faults):
-        return []
+def _fault_lines(found: Survey) -> list[str]:
+    faults = found.faults
     path = FAULTS if Path("config/config.yaml").is_file() else ALONE_FAULTS
+    if not len(faults):
+        if path == ALONE_FAULTS:  # of an earlier call
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        return []
     try:
         listed, where = faults.write(path), f"all in {path}"
     except OSError as error:
         listed, where = faults.first(), f"{path} cannot be written: {error.strerror}"
-    return ["", f"{count(len(faults), 'fault')} ({where}):", *(f"  {printable(x)}" for x in listed)]
+    rest = len(faults) - found.by_settings
+    told = [count(rest, "fault")] if rest else []
+    if found.by_settings:
+        told.append(f"{count(found.by_settings, 'record')} that settings leave out")
+    return ["", f"{' and '.join(told)} ({where}):", *(f"  {printable(x)}" for x in listed)]

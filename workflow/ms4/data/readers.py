@@ -104,7 +104,7 @@ def read_rows(
         yield _of_file(f"cannot be read ({error.strerror or error}); correct it")
     else:
         if not seen:
-            yield _of_file("holds no samples; remove it from the configuration")
+            yield _of_file("holds no samples; leave it out")
 
 
 def _of_file(fault: str) -> Row:

@@ -44,7 +44,7 @@ class _Policies:
         """
         policy = self._data.thinking.get(case, "error")
         if policy == "error":
-            raise SampleFault(text)
+            raise SampleFault(f"{text}, or set data.thinking.{case}")
         if policy == "drop":
             raise SampleDropped(f"data.thinking.{case} is `drop`: {text}")
         self.notes.append(f"{case} {policy}")

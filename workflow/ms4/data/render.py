@@ -1,4 +1,5 @@
-"""Samples as the model sees them: control tokens by name, and what is trained marked."""
+"""Samples as the model sees them: control tokens by name, images by their number of tokens, what is
+trained marked."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ def stretches(chat: Chat, encoded: Encoded) -> list[tuple[str, bool]]:
     """The text of each run of tokens that are all trained, or all not, and which it is."""
     changes = np.flatnonzero(np.diff(encoded.trained)) + 1
     return [
-        (chat.decode(tokens), bool(trained[0]))
+        (chat.decode_shown(tokens), bool(trained[0]))
         for tokens, trained in zip(
             np.split(encoded.tokens, changes), np.split(encoded.trained, changes), strict=True
         )
@@ -29,7 +30,7 @@ def pieces(chat: Chat, encoded: Encoded) -> list[tuple[str, bool, bool]]:
     control = encoded.tokens < chat.first_text_id
     changes = np.flatnonzero(np.diff(2 * encoded.trained.astype(np.int8) + control)) + 1
     return [
-        (chat.decode(tokens), bool(trained[0]), bool(special[0]))
+        (chat.decode_shown(tokens), bool(trained[0]), bool(special[0]))
         for tokens, trained, special in zip(
             np.split(encoded.tokens, changes),
             np.split(encoded.trained, changes),

@@ -32,7 +32,7 @@ def statements(tally: Tally, length: int) -> list[str]:
         did = "taken as they are" if policy == "warn" else "mended"
         lines.append(f"thinking, data.thinking.{case}: {count(number, 'case')} {did}")
     lines += [
-        f"changed by mistral-common's rules: {number:,} {WORDS[name]}"
+        f"changed by mistral-common's rules: {WORDS[name]} ({count(number, 'time')})"
         for name, number in sorted(tally.changed.items())
     ]
     return lines

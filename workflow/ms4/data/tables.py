@@ -173,7 +173,7 @@ def hub_rows(data: HubData) -> Iterator[Row]:
         )
         return
     if not done:
-        fault = "holds no samples; remove it from the configuration"
+        fault = "holds no samples; leave it out"
         yield Row(None, None, fault, records=0, ends=True)
 
 
