@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from ms4.config import EFFORTS, Effort
 from ms4.data.chat import Chat, Masking
+from ms4.data.conversation import parse_record
 from ms4.data.faults import SampleFault
+from ms4.data.render import stretches
 from tests.chat_reference import (
     Record,
     assistant_turns,
@@ -219,6 +221,36 @@ def test_masks_of_every_kind(chat: Chat, mistral: Any) -> None:
 
     each()
     assert seen == {True, False}
+
+
+CALL = {"id": "a", "function": {"name": "f", "arguments": {}}}
+THREE_TURNS = [
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "b", "reasoning": "a"},
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "d", "reasoning": "c", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "a", "content": "t"},
+    {"role": "assistant", "content": "f", "reasoning": "e"},
+]
+
+
+@pytest.mark.parametrize(
+    ("masking", "trained"),
+    [
+        (Masking(), ["[THINK]a[/THINK]b</s>", "[THINK]c[/THINK]d[TOOL_CALLS]f[ARGS]{}</s>",
+                     "[THINK]e[/THINK]f</s>"]),
+        (Masking(turns="last"), ["[THINK]e[/THINK]f</s>"]),
+        (Masking(thinking=False), ["b</s>", "d[TOOL_CALLS]f[ARGS]{}</s>", "f</s>"]),
+        (Masking(tool_calls=False), ["[THINK]a[/THINK]b</s>", "[THINK]c[/THINK]d", "</s>",
+                                     "[THINK]e[/THINK]f</s>"]),
+        (Masking(earlier_thinking=False), ["b</s>", "d[TOOL_CALLS]f[ARGS]{}</s>",
+                                           "[THINK]e[/THINK]f</s>"]),
+        (Masking(turns="last", thinking=False), ["f</s>"]),
+    ],
+)  # fmt: skip
+def test_what_each_masking_trains(masking: Masking, trained: list[str], chat: Chat) -> None:
+    encoded = chat.encode(parse_record({"messages": THREE_TURNS}), "high", masking)
+    assert [text for text, is_trained in stretches(chat, encoded) if is_trained] == trained
 
 
 def test_weights_that_differ_within_a_turn_are_a_fault(chat: Chat) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import pty
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -146,6 +149,7 @@ def test_what_the_report_says(data: Any) -> None:
 
 
 def test_twenty_faults_are_shown_and_all_are_written(data: Any) -> None:
+    assert LISTED == 20
     write("a.jsonl", sample("a", "b"), *["{}\n"] * (LISTED + 5))
     code, out, _ = data("a.jsonl")
     assert code == 0
@@ -176,7 +180,9 @@ def test_nothing_usable(data: Any) -> None:
     assert (found["records"], found["samples"], found["dropped"], found["steps"]) == (2, 0, 2, 0)
     code, out, _ = data("--json", "gone.jsonl")
     assert code == 2
-    assert json.loads(out)["faults"] == [
+    found = json.loads(out)
+    assert (found["records"], found["samples"], found["dropped"]) == (0, 0, 0)
+    assert found["faults"] == [
         {
             "file": "gone.jsonl",
             "line": None,
@@ -318,6 +324,30 @@ def test_without_a_checkpoint_and_without_torch() -> None:
 
 
 # Nothing goes missing.
+
+
+def test_what_a_damaged_file_has_lost_is_counted(data: Any) -> None:
+    write("cut.json", "[" + json.dumps(sample("a", "b")) + ",\n{}")
+    texts = [{"text": str(number) * 50} for number in range(400)]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(texts), sink, row_group_size=100, compression="gzip")
+    table = bytearray(sink.getvalue())
+    damaged = pq.ParquetFile(io.BytesIO(bytes(table))).metadata.row_group(2).column(0)
+    start = damaged.dictionary_page_offset or damaged.data_page_offset
+    table[start : start + 30] = b"\xff" * 30
+    Path("damaged.parquet").write_bytes(table)
+    code, out, _ = data("--json", "cut.json", "damaged.parquet")
+    assert code == 0
+    found = json.loads(out)
+    files = {name: (file["records"], file["samples"]) for name, file in found["files"].items()}
+    read = files["damaged.parquet"][1]
+    assert files == {"cut.json": (2, 1), "damaged.parquet": (400, read)}
+    assert 100 <= read < 300
+    assert (found["records"], found["samples"]) == (402, 1 + read)
+    assert found["dropped"] == 401 - read
+    lines = [(fault["file"], fault["line"]) for fault in found["faults"]]
+    assert lines == [("cut.json", None), ("cut.json", 2), ("damaged.parquet", read + 1)]
+
 
 pieces = st.one_of(
     st.just(sample("a", "b")),
