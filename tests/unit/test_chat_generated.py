@@ -19,6 +19,7 @@ from tests.chat_reference import (
     assistant_turns,
     conversation_of,
     mask_of,
+    png,
     records,
     reference,
     replaced,
@@ -251,6 +252,25 @@ THREE_TURNS = [
 def test_what_each_masking_trains(masking: Masking, trained: list[str], chat: Chat) -> None:
     encoded = chat.encode(parse_record({"messages": THREE_TURNS}), "high", masking)
     assert [text for text, is_trained in stretches(chat, encoded) if is_trained] == trained
+
+
+def test_what_is_put_in_another_order_is_counted(chat: Chat) -> None:
+    calls = [{"id": name, "function": {"name": "f", "arguments": {}}} for name in "ab"]
+    results = [{"role": "tool", "tool_call_id": name, "content": name} for name in "ab"]
+    image = {"type": "image", "image": png(28, 28)}
+
+    def changed(*results: Record, parts: list[Record]) -> dict[str, int]:
+        conversation = parse_record({"messages": [
+            {"role": "user", "content": parts}, {"role": "assistant", "tool_calls": calls},
+            *results, {"role": "assistant", "content": "c"},
+        ]})  # fmt: skip
+        return dict(chat.encode(conversation, "none").changed)
+
+    text = {"type": "text", "text": "What?"}
+    assert changed(*results, parts=[image, text]) == {}
+    assert changed(*results, parts=[text, image, text]) == {}
+    assert changed(*results, parts=[text, image]) == {"image_first": 1}
+    assert changed(*reversed(results), parts=[text]) == {"results_reordered": 1}
 
 
 def test_weights_that_differ_within_a_turn_are_a_fault(chat: Chat) -> None:
