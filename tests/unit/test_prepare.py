@@ -309,6 +309,7 @@ def test_joined_messages_and_other_tags_are_told(capsys: pytest.CaptureFixture[s
     write(
         "train.jsonl",
         {"messages": [user, user, user, said, said]},
+        {"messages": [{"role": "system", "content": "a"}] * 2 + [user, said]},
         sample("a", "<thinking>b</thinking>c"),
         sample("a", "<THINK>b</THINK>c"),
         sample("a <thinking>", "a tag is `<thinking>`, <think> is another"[:20]),

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from ms4 import cli
 from ms4.data import preview
 from ms4.data.chat import Chat
-from ms4.data.conversation import parse_record
+from ms4.data.conversation import Conversation, parse_record
 from ms4.data.faults import LISTED
 from ms4.data.histogram import by_fill, by_length, histogram
 from ms4.data.packing import pack
@@ -243,6 +243,60 @@ def test_efforts(data: Any) -> None:
         "high": 2,
         "high, without thinking": 1,
     }
+
+
+def test_how_many_of_each_kind_and_their_shares(data: Any, chat: Chat) -> None:
+    thinks, plain = sample("2+2?", "4", "2+2 = 4"), sample("a", "b c d")
+    write("a.jsonl", {**thinks, "reasoning_effort": "none"}, {**plain, "reasoning_effort": "high"},
+          thinks, thinks, plain, {"messages": []})  # fmt: skip
+    write("b.jsonl", {"text": "e f g"})
+    policies = ["--set", "data.thinking={under_none: warn, missing: warn}", "a.jsonl", "b.jsonl"]
+    found = json.loads(data("--json", *policies)[1])
+    encoded = {
+        "none": [chat.encode(parse_record(plain), "none")],
+        "none, with thinking": [chat.encode(parse_record(thinks), "none")],
+        "high": [chat.encode(parse_record(thinks), "high")] * 2,
+        "high, without thinking": [chat.encode(parse_record(plain), "high")],
+        "plain text": [chat.encode(Conversation((), plain="e f g"), "none")],
+    }
+    counts = {
+        kind: {
+            "samples": len(them),
+            "tokens": sum(len(e.tokens) for e in them),
+            "trained_tokens": sum(int(e.trained.sum()) for e in them),
+        }
+        for kind, them in encoded.items()
+    }
+    assert found["by_kind"] == counts
+    for effort, kinds in {
+        "none": ["none", "none, with thinking", "plain text"],
+        "high": ["high", "high, without thinking"],
+    }.items():
+        assert found["by_effort"][effort] == {
+            name: sum(counts[kind][name] for kind in kinds)
+            for name in ("samples", "tokens", "trained_tokens")
+        }
+    report = data(*policies)[1]
+    for kind in ("none, with thinking", "high, without thinking", "plain text"):
+        share = counts[kind]["tokens"] / found["tokens"]
+        assert f"{kind}: 1 sample, {share:.1%} of the tokens" in report
+    share = found["by_effort"]["high"]["tokens"] / found["tokens"]
+    assert f"effort high: 3 samples, {share:.1%} of the tokens" in report
+
+
+def test_costs_follow_the_settings(data: Any) -> None:
+    write("a.jsonl", *[sample(f"{n}?", "yes") for n in range(16)])
+
+    def costs(*settings: str) -> tuple[int, int, float]:
+        options = [word for setting in settings for word in ("--set", setting)]
+        found = json.loads(data("--json", "a.jsonl", *options)[1])
+        return found["packing"]["sequences"], found["steps"], found["hours"]["H200 SXM"]
+
+    sequences, steps, hours = costs("data.packing=none", "train.epochs=100")
+    assert (sequences, steps) == (16, 200)
+    fewer = costs("data.packing=none", "train.epochs=100", "train.accumulation=4")
+    assert fewer == (16, 400, pytest.approx(hours, rel=0.01))
+    assert costs("train.epochs=100")[0] == 1
 
 
 def test_a_configuration_file_decides(data: Any) -> None:
