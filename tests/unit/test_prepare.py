@@ -337,6 +337,15 @@ def test_faulty_records_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> N
     assert "dropped for other reasons: 3 records (in data/faults.txt)" in capsys.readouterr().out
 
 
+def test_what_a_policy_drops_stops_nothing() -> None:
+    write("train.jsonl", sample("a", "b"), sample("c", "d", reasoning_effort="high"))
+    run_stage(configure(thinking={"missing": "drop"}))
+    train = result()["train"]
+    assert (train["records"], train["samples"], train["dropped"]) == (2, 1, 1)
+    text = Path("data/faults.txt").read_text()
+    assert text.startswith("train.jsonl:2: data.thinking.missing is `drop`: the last turn does not")
+
+
 def test_faults_of_whole_files_and_of_held_out_sets_always_stop() -> None:
     write("train.jsonl", sample("a", "b"))
     with pytest.raises(Ms4Error, match=r"gone.jsonl: no such file"):
