@@ -325,6 +325,21 @@ def test_the_key_tells_messages_apart_and_nothing_else() -> None:
         assert parse_record(other).key() != key
 
 
+def test_calls_images_and_plain_texts_have_keys_of_their_own() -> None:
+    def calls(city: str) -> dict[str, Any]:
+        function = {"name": "weather", "arguments": {"city": city}}
+        return {"messages": [USER, {**ANSWER, "tool_calls": [{"id": "a", "function": function}]}]}
+
+    def shows(image: str) -> dict[str, Any]:
+        part = {"type": "image", "image": image}
+        return {"messages": [{**USER, "content": [part]}, ANSWER]}
+
+    records = [calls("Ulm"), calls("Bonn"), shows("a.png"), shows("b.png")]
+    keys = {parse_record(record).key() for record in records}
+    keys |= {Conversation((), plain=text).key() for text in ("a", "b")}
+    assert len(keys) == 6
+
+
 # Files.
 
 
