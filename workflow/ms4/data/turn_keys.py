@@ -23,7 +23,7 @@ def unused_in_turns(turns: list[Any], fields: dict[Any, str], roles: dict[str, s
     """
     unused: set[str] = set()
     for turn in turns:
-        if not isinstance(turn, dict):
+        if not isinstance(turn, dict) or turn.keys() <= _MESSAGE or turn.keys() <= _SHAREGPT:
             continue
         role = turn.get(fields.get("role", "role"))
         role = roles.get(role, role) if isinstance(role, str) else role
