@@ -221,7 +221,7 @@ def test_masks_of_every_kind(chat: Chat, mistral: Any) -> None:
         seen.add(any(expected))
 
     each()
-    assert seen == {True, False}
+    assert seen == {True, False} or examples(60) < 60, "a few examples can all be of one kind"
 
 
 CALL = {"id": "a", "function": {"name": "f", "arguments": {}}}

@@ -147,20 +147,27 @@ class Conversation:
         return replace(self, messages=tuple(replace(m, weight=1) for m in self.messages))
 
     def key(self) -> bytes:
-        """Equal exactly for conversations with the same messages, word for word."""
+        """Equal exactly for conversations with the same messages, word for word. Of ids of calls
+        only the order counts: they are no words, and another export has others."""
+        ids = [str(call.get("id")) for message in self.messages for call in message.tool_calls]
         said = [
             [
                 message.role,
                 message.text,
                 [part.text for part in message.parts if part.kind == "thinking"],
-                message.tool_calls,
-                message.tool_call_id,
+                [_call_key(call["function"]) for call in message.tool_calls],
+                ids.index(message.tool_call_id) if message.tool_call_id in ids else None,
                 *[_image_key(part.image) for part in message.parts if part.image],
             ]
             for message in self.messages
         ]
         whole = said if self.plain is None else self.plain
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).digest()
+
+
+def _call_key(function: dict[str, Any]) -> list[Any]:
+    given = function.get("arguments")  # an object, or the same as text
+    return [function["name"], json.loads(given or "{}") if isinstance(given, str) else given or {}]
 
 
 def _image_key(image: Image) -> str:
