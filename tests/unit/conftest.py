@@ -4,11 +4,13 @@ with them."""
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
+from ms4 import cli
 from ms4.data.chat import Chat
 from ms4.data.tekken import write_tekken
 
@@ -44,3 +46,15 @@ def chat(tekken: Path) -> Chat:
 def mistral(tekken: Path) -> MistralTokenizer:  # type: ignore[type-arg]
     """Encodes conversations that end in any turn."""
     return MistralTokenizer.from_file(tekken, mode=ValidationMode.agnostic)
+
+
+@pytest.fixture
+def data(tekken: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `ms4 data` with a small tokenizer; gives its code and what it printed."""
+
+    def run(*arguments: str, tokenizer: Path = tekken) -> tuple[int, str, str]:
+        code = cli.main(["data", "--tokenizer", str(tokenizer), *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

@@ -11,12 +11,15 @@ from hypothesis import strategies as st
 
 from ms4.config import EFFORTS, Effort
 from ms4.data.chat import Chat, Masking
+from ms4.data.conversation import parse_record
 from ms4.data.faults import SampleFault
+from ms4.data.render import stretches
 from tests.chat_reference import (
     Record,
     assistant_turns,
     conversation_of,
     mask_of,
+    png,
     records,
     reference,
     replaced,
@@ -218,7 +221,56 @@ def test_masks_of_every_kind(chat: Chat, mistral: Any) -> None:
         seen.add(any(expected))
 
     each()
-    assert seen == {True, False}
+    assert seen == {True, False} or examples(60) < 60, "a few examples can all be of one kind"
+
+
+CALL = {"id": "a", "function": {"name": "f", "arguments": {}}}
+THREE_TURNS = [
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "b", "reasoning": "a"},
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "d", "reasoning": "c", "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "a", "content": "t"},
+    {"role": "assistant", "content": "f", "reasoning": "e"},
+]
+
+
+@pytest.mark.parametrize(
+    ("masking", "trained"),
+    [
+        (Masking(), ["[THINK]a[/THINK]b</s>", "[THINK]c[/THINK]d[TOOL_CALLS]f[ARGS]{}</s>",
+                     "[THINK]e[/THINK]f</s>"]),
+        (Masking(turns="last"), ["[THINK]e[/THINK]f</s>"]),
+        (Masking(thinking=False), ["b</s>", "d[TOOL_CALLS]f[ARGS]{}</s>", "f</s>"]),
+        (Masking(tool_calls=False), ["[THINK]a[/THINK]b</s>", "[THINK]c[/THINK]d", "</s>",
+                                     "[THINK]e[/THINK]f</s>"]),
+        (Masking(earlier_thinking=False), ["b</s>", "d[TOOL_CALLS]f[ARGS]{}</s>",
+                                           "[THINK]e[/THINK]f</s>"]),
+        (Masking(turns="last", thinking=False), ["f</s>"]),
+    ],
+)  # fmt: skip
+def test_what_each_masking_trains(masking: Masking, trained: list[str], chat: Chat) -> None:
+    encoded = chat.encode(parse_record({"messages": THREE_TURNS}), "high", masking)
+    assert [text for text, is_trained in stretches(chat, encoded) if is_trained] == trained
+
+
+def test_what_is_put_in_another_order_is_counted(chat: Chat) -> None:
+    calls = [{"id": name, "function": {"name": "f", "arguments": {}}} for name in "ab"]
+    results = [{"role": "tool", "tool_call_id": name, "content": name} for name in "ab"]
+    image = {"type": "image", "image": png(28, 28)}
+
+    def changed(*results: Record, parts: list[Record]) -> dict[str, int]:
+        conversation = parse_record({"messages": [
+            {"role": "user", "content": parts}, {"role": "assistant", "tool_calls": calls},
+            *results, {"role": "assistant", "content": "c"},
+        ]})  # fmt: skip
+        return dict(chat.encode(conversation, "none").changed)
+
+    text = {"type": "text", "text": "What?"}
+    assert changed(*results, parts=[image, text]) == {}
+    assert changed(*results, parts=[text, image, text]) == {}
+    assert changed(*results, parts=[text, image]) == {"image_first": 1}
+    assert changed(*reversed(results), parts=[text]) == {"results_reordered": 1}
 
 
 def test_weights_that_differ_within_a_turn_are_a_fault(chat: Chat) -> None:

@@ -52,6 +52,21 @@ def test_a_reader_that_stays_gets_all(tmp_path: Path) -> None:
     assert json.loads(done.stdout)
 
 
+@pytest.mark.parametrize("command", ["ms4 plan --json", "ms4 schema", "ms4_wizard --print-schema"])
+def test_a_full_disk_is_told_in_a_line(command: str, tmp_path: Path) -> None:
+    line = f"{sys.executable} -m {command}"
+    told = subprocess.run(
+        ["bash", "-c", f"{line} >/dev/full"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert told.returncode == 2
+    assert told.stderr.splitlines() == [
+        "standard output, or a file, cannot be written (No space left on device); make room and "
+        "run again"
+    ]
+    closed = subprocess.run(["bash", "-c", f"{line} >&-"], cwd=tmp_path, capture_output=True)
+    assert (closed.returncode, closed.stderr) == (0, b"")
+
+
 def test_a_pipe_of_something_else_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks() -> str:
         raise BrokenPipeError

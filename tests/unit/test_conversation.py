@@ -325,6 +325,29 @@ def test_the_key_tells_messages_apart_and_nothing_else() -> None:
         assert parse_record(other).key() != key
 
 
+def test_calls_images_and_plain_texts_have_keys_of_their_own() -> None:
+    def calls(*ids: str, city: str = "Ulm", text: bool = False) -> dict[str, Any]:
+        arguments: Any = {"city": city}
+        function = {"name": "weather", "arguments": json.dumps(arguments) if text else arguments}
+        called = [{"id": id_, "function": function} for id_ in ids]
+        results = [{"role": "tool", "tool_call_id": id_, "content": id_[-1]} for id_ in ids]
+        return {"messages": [USER, {**ANSWER, "tool_calls": called}, *results, ANSWER]}
+
+    def shows(image: str) -> dict[str, Any]:
+        part = {"type": "image", "image": image}
+        return {"messages": [{**USER, "content": [part]}, ANSWER]}
+
+    records = [calls("a", "b"), calls("a", "b", city="Bonn"), shows("a.png"), shows("b.png")]
+    keys = {parse_record(record).key() for record in records}
+    keys |= {Conversation((), plain=text).key() for text in ("a", "b")}
+    assert len(keys) == 6
+    # Ids are no words: another export has others, and arguments as text.
+    assert parse_record(calls("xa", "xb", text=True)).key() in keys
+    crossed = calls("a", "b")
+    crossed["messages"][2]["tool_call_id"], crossed["messages"][3]["tool_call_id"] = "b", "a"
+    assert parse_record(crossed).key() not in keys
+
+
 # Files.
 
 

@@ -74,7 +74,7 @@ def test_a_format_is_told_from_the_records(record: Any, format: Format) -> None:
 
 
 def test_most_records_decide_and_a_declared_format_is_final() -> None:
-    records = [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"text": "b"}]
+    records = [{"prompt": "a", "completion": "b"}, {"text": "a"}, {"text": "b"}]
     assert detect(records, section()) == "text"
     assert detect(records, section(format="alpaca")) == "alpaca"
     assert detect([], section()) == "messages"

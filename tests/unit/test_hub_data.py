@@ -155,7 +155,10 @@ def test_a_hub_that_does_not_answer_is_one_fault(tekken: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ["hub:owner/name@v2", "hub:owner/name@v1#none", "hub:a/b@v1"])
+@pytest.mark.parametrize(
+    "entry",
+    ["hub:owner/name@v2", "hub:owner/name@v1#none", "hub:owner/name/none@v1", "hub:a/b@v1"],
+)
 def test_what_is_not_there_is_one_fault(entry: str, hub: str, tekken: Path, tmp_path: Path) -> None:
     code, found = data(entry, hub, tekken, tmp_path)
     assert code == 2

@@ -23,7 +23,7 @@ from mistral_common.tokens.tokenizers.image import ImageConfig, ImageEncoder, Sp
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from ms4.data import images
+from ms4.data import images, preview
 from ms4.data.conversation import Conversation, Image, Message, Part, parse_image
 from ms4.data.faults import SampleFault
 from ms4.data.images import ImageRules, encoded_image, grid_of, open_image, pixels, resolve
@@ -175,6 +175,16 @@ def test_what_a_smaller_cap_saves() -> None:
     shown = [encoded_image(png(*size), 280) for size in ((560, 280), (100, 100), (560, 560))]
     assert [image.tokens for image in shown] == [5 * 11, 4 * 5, 10 * 11]
     assert [image.tokens_uncapped for image in shown] == [10 * 21, 4 * 5, 20 * 21]
+
+
+def test_the_cap_of_the_configuration_holds_without_a_tokenizer_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = ["model.source=tiny", "data.modality=text_vision", "data.images.max_size=280"]
+    chat = preview.tokenizer(None, preview.read_settings(["a"], None, settings, None))
+    (shown,) = chat.encode(conversation(Image("bytes", png(560, 280))), "none").images
+    assert shown.tokens == 5 * 11
 
 
 # Where images may come from.

@@ -203,6 +203,13 @@ def test_a_share_is_held_out_by_content(chat: Chat) -> None:
     assert {row.answer for row in rows} <= again
 
 
+def test_a_share_that_is_held_out_and_a_weight_do_not_go_together() -> None:
+    write("train.jsonl", *[sample(f"{n}?", f"{n}!") for n in range(500)])
+    run_stage(configure(holdout=0.5, weights={"train.jsonl": 0.5}))
+    # Half of what is not held out, and not what the held-out share leaves of the same half.
+    assert 90 <= packed().documents <= 160
+
+
 def test_near_duplicates_of_held_out_samples_are_reported(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -228,6 +235,9 @@ def three_turns() -> Record:
     messages = []
     for n in range(3):
         messages += sample(f"{n}?", f"answer {n}", f"thought {n}")["messages"]
+    call = {"id": "a", "function": {"name": "f", "arguments": {}}}
+    messages[3]["tool_calls"] = [call]
+    messages.insert(4, {"role": "tool", "tool_call_id": "a", "content": "21"})
     return {"messages": messages}
 
 
@@ -256,11 +266,12 @@ def test_the_settings_decide_what_is_trained(
 def test_weights_of_messages_are_honoured(chat: Chat) -> None:
     record = three_turns()
     record["messages"][1]["weight"] = 0
-    record["messages"][5]["train"] = False
+    record["messages"][-1]["train"] = False
     write("train.jsonl", record)
     run_stage(configure())
     tokens, trained = packed().document(0)
-    assert chat.decode(tokens[trained == 1]) == "[THINK]thought 1[/THINK]answer 1</s>"
+    told = "[THINK]thought 1[/THINK]answer 1[TOOL_CALLS]f[ARGS]{}</s>"
+    assert chat.decode(tokens[trained == 1]) == told
 
 
 def test_nothing_trained_is_a_fault() -> None:
@@ -298,6 +309,7 @@ def test_joined_messages_and_other_tags_are_told(capsys: pytest.CaptureFixture[s
     write(
         "train.jsonl",
         {"messages": [user, user, user, said, said]},
+        {"messages": [{"role": "system", "content": "a"}] * 2 + [user, said]},
         sample("a", "<thinking>b</thinking>c"),
         sample("a", "<THINK>b</THINK>c"),
         sample("a <thinking>", "a tag is `<thinking>`, <think> is another"[:20]),
@@ -323,6 +335,15 @@ def test_faulty_records_can_be_left_out(capsys: pytest.CaptureFixture[str]) -> N
     assert [line.split(": ")[0] for line in lines] == [f"train.jsonl:{n}" for n in (2, 3, 4)]
     assert "data.thinking.under_none is `drop`: holds thinking" in lines[2]
     assert "dropped for other reasons: 3 records (in data/faults.txt)" in capsys.readouterr().out
+
+
+def test_what_a_policy_drops_stops_nothing() -> None:
+    write("train.jsonl", sample("a", "b"), sample("c", "d", reasoning_effort="high"))
+    run_stage(configure(thinking={"missing": "drop"}))
+    train = result()["train"]
+    assert (train["records"], train["samples"], train["dropped"]) == (2, 1, 1)
+    text = Path("data/faults.txt").read_text()
+    assert text.startswith("train.jsonl:2: data.thinking.missing is `drop`: the last turn does not")
 
 
 def test_faults_of_whole_files_and_of_held_out_sets_always_stop() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import pty
@@ -12,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ms4 import cli
 from ms4.data import preview
 from ms4.data.chat import Chat
-from ms4.data.conversation import parse_record
+from ms4.data.conversation import Conversation, parse_record
 from ms4.data.faults import LISTED
 from ms4.data.histogram import by_fill, by_length, histogram
 from ms4.data.packing import pack
@@ -31,18 +33,6 @@ from tests.unit.projects import sample, write
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def data(tekken: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs `ms4 data` with a small tokenizer; gives its code and what it printed."""
-
-    def run(*arguments: str, tokenizer: Path = tekken) -> tuple[int, str, str]:
-        code = cli.main(["data", "--tokenizer", str(tokenizer), *arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_what_a_cap_of_images_saves(data: Any) -> None:
@@ -146,6 +136,7 @@ def test_what_the_report_says(data: Any) -> None:
 
 
 def test_twenty_faults_are_shown_and_all_are_written(data: Any) -> None:
+    assert LISTED == 20
     write("a.jsonl", sample("a", "b"), *["{}\n"] * (LISTED + 5))
     code, out, _ = data("a.jsonl")
     assert code == 0
@@ -176,7 +167,9 @@ def test_nothing_usable(data: Any) -> None:
     assert (found["records"], found["samples"], found["dropped"], found["steps"]) == (2, 0, 2, 0)
     code, out, _ = data("--json", "gone.jsonl")
     assert code == 2
-    assert json.loads(out)["faults"] == [
+    found = json.loads(out)
+    assert (found["records"], found["samples"], found["dropped"]) == (0, 0, 0)
+    assert found["faults"] == [
         {
             "file": "gone.jsonl",
             "line": None,
@@ -237,6 +230,60 @@ def test_efforts(data: Any) -> None:
         "high": 2,
         "high, without thinking": 1,
     }
+
+
+def test_how_many_of_each_kind_and_their_shares(data: Any, chat: Chat) -> None:
+    thinks, plain = sample("2+2?", "4", "2+2 = 4"), sample("a", "b c d")
+    write("a.jsonl", {**thinks, "reasoning_effort": "none"}, {**plain, "reasoning_effort": "high"},
+          thinks, thinks, plain, {"messages": []})  # fmt: skip
+    write("b.jsonl", {"text": "e f g"})
+    policies = ["--set", "data.thinking={under_none: warn, missing: warn}", "a.jsonl", "b.jsonl"]
+    found = json.loads(data("--json", *policies)[1])
+    encoded = {
+        "none": [chat.encode(parse_record(plain), "none")],
+        "none, with thinking": [chat.encode(parse_record(thinks), "none")],
+        "high": [chat.encode(parse_record(thinks), "high")] * 2,
+        "high, without thinking": [chat.encode(parse_record(plain), "high")],
+        "plain text": [chat.encode(Conversation((), plain="e f g"), "none")],
+    }
+    counts = {
+        kind: {
+            "samples": len(them),
+            "tokens": sum(len(e.tokens) for e in them),
+            "trained_tokens": sum(int(e.trained.sum()) for e in them),
+        }
+        for kind, them in encoded.items()
+    }
+    assert found["by_kind"] == counts
+    for effort, kinds in {
+        "none": ["none", "none, with thinking", "plain text"],
+        "high": ["high", "high, without thinking"],
+    }.items():
+        assert found["by_effort"][effort] == {
+            name: sum(counts[kind][name] for kind in kinds)
+            for name in ("samples", "tokens", "trained_tokens")
+        }
+    report = data(*policies)[1]
+    for kind in ("none, with thinking", "high, without thinking", "plain text"):
+        share = counts[kind]["tokens"] / found["tokens"]
+        assert f"{kind}: 1 sample, {share:.1%} of the tokens" in report
+    share = found["by_effort"]["high"]["tokens"] / found["tokens"]
+    assert f"effort high: 3 samples, {share:.1%} of the tokens" in report
+
+
+def test_costs_follow_the_settings(data: Any) -> None:
+    write("a.jsonl", *[sample(f"{n}?", "yes") for n in range(16)])
+
+    def costs(*settings: str) -> tuple[int, int, float]:
+        options = [word for setting in settings for word in ("--set", setting)]
+        found = json.loads(data("--json", "a.jsonl", *options)[1])
+        return found["packing"]["sequences"], found["steps"], found["hours"]["H200 SXM"]
+
+    sequences, steps, hours = costs("data.packing=none", "train.epochs=100")
+    assert (sequences, steps) == (16, 200)
+    fewer = costs("data.packing=none", "train.epochs=100", "train.accumulation=4")
+    assert fewer == (16, 400, pytest.approx(hours, rel=0.01))
+    assert costs("train.epochs=100")[0] == 1
 
 
 def test_a_configuration_file_decides(data: Any) -> None:
@@ -318,6 +365,30 @@ def test_without_a_checkpoint_and_without_torch() -> None:
 
 
 # Nothing goes missing.
+
+
+def test_what_a_damaged_file_has_lost_is_counted(data: Any) -> None:
+    write("cut.json", "[" + json.dumps(sample("a", "b")) + ",\n{}")
+    texts = [{"text": str(number) * 50} for number in range(400)]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(texts), sink, row_group_size=100, compression="gzip")
+    table = bytearray(sink.getvalue())
+    damaged = pq.ParquetFile(io.BytesIO(bytes(table))).metadata.row_group(2).column(0)
+    start = damaged.dictionary_page_offset or damaged.data_page_offset
+    table[start : start + 30] = b"\xff" * 30
+    Path("damaged.parquet").write_bytes(table)
+    code, out, _ = data("--json", "cut.json", "damaged.parquet")
+    assert code == 0
+    found = json.loads(out)
+    files = {name: (file["records"], file["samples"]) for name, file in found["files"].items()}
+    read = files["damaged.parquet"][1]
+    assert files == {"cut.json": (2, 1), "damaged.parquet": (400, read)}
+    assert 100 <= read < 300
+    assert (found["records"], found["samples"]) == (402, 1 + read)
+    assert found["dropped"] == 401 - read
+    lines = [(fault["file"], fault["line"]) for fault in found["faults"]]
+    assert lines == [("cut.json", None), ("cut.json", 2), ("damaged.parquet", read + 1)]
+
 
 pieces = st.one_of(
     st.just(sample("a", "b")),

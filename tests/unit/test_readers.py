@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import random
 import subprocess
 import sys
@@ -215,6 +217,9 @@ def write(path: Path, data: bytes | str) -> Path:
         ("a.json", '[{"a": [1},\n{"a": 2}]', [(1, "not valid JSON")]),
         ("a.json", '[{"a": 1} x {"a": 2}]', [(1, "not valid JSON: Extra data")]),
         ("a.json", '[{"a": 1}]\n nonsense', [(2, "not valid JSON")]),
+        ("a.bz2", bz2.compress(b"{}"), [(None, "compressed by bzip2, which is not read; unp")]),
+        ("a.jsonl", lzma.compress(b"{}"), [(None, "compressed by xz, which is not read; unpack")]),
+        ("a.xlsx", b"PK\x03\x04\n\n\n\n", [(None, "compressed by zip, which is not read; unpack")]),
         ("a.jsonl.gz", "{}", [(None, "named .gz, but is not compressed so; rename it")]),
         ("a.parquet", "PAR1 and no more", [(None, "cannot be read on as a table (")]),
         ("a.parquet", "", [(None, "cannot be read on as a table (")]),

@@ -120,6 +120,11 @@ def test_plain_text_is_cut_into_pieces(chat: Chat) -> None:
     train = result()["train"]
     assert (train["samples"], train["documents"]) == (2, len(whole))
     assert train["by_kind"]["plain text"]["samples"] == 2
+    # What a piece begins with follows from nothing that the model sees.
+    made = packed()
+    masks = [made.document(number)[1].tolist() for number in range(made.documents)]
+    assert masks == [[0] + [1] * (len(tokens) - 1) for tokens in whole]
+    assert train["trained_tokens"] == sum(map(sum, masks))
 
 
 def parse_plain(text: str) -> Any:

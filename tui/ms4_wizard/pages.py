@@ -10,7 +10,7 @@ PAGES: dict[str, str] = {
     "elsewhere: choose `cuda` and give its memory on the memory screen.",
     "data.train": "Files (JSONL, JSON, Parquet, Arrow, CSV, text; also .gz or .zst), patterns like "
     "`sets/*.jsonl`, or data sets of the hub: `hub:owner/name@REVISION#SPLIT`. The format is told "
-    "from the records: OpenAI messages, ShareGPT, Alpaca, prompt–completion, question–answer, text. "
+    "from the records: OpenAI messages, ShareGPT, Alpaca, prompt–completion, question–answer. "
     "Thinking stands in the assistant's content as parts of type `thinking`. What the assistant "
     "says is trained; what it is told is not. Ctrl+O opens a file picker, Ctrl+E shows samples "
     "as the model sees them.",

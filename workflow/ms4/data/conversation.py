@@ -2,10 +2,10 @@
 
 A record is `{"messages": [...]}` in OpenAI's form, with `reasoning_effort` and `tools` beside
 it where they are known. Content is text or a list of parts; thinking is a part of its own, or
-a message's `reasoning_content` (SGLang) or `reasoning` (vLLM) string, or stands in the text
-between tags. `formats.py` brings other forms into this one. Checks that only the chat format can
-make (tool call ids, order of roles) are left to mistral-common; whether thinking is in order is
-decided by `reasoning.py`.
+a message's `reasoning_content` (SGLang), `reasoning` (vLLM) or `thinking` (Ollama) string, or
+stands in the text between tags. `formats.py` brings other forms into this one. Checks that only
+the chat format can make (tool call ids, order of roles) are left to mistral-common; whether
+thinking is in order is decided by `reasoning.py`.
 """
 
 from __future__ import annotations
@@ -147,20 +147,27 @@ class Conversation:
         return replace(self, messages=tuple(replace(m, weight=1) for m in self.messages))
 
     def key(self) -> bytes:
-        """Equal exactly for conversations with the same messages, word for word."""
+        """Equal exactly for conversations with the same messages, word for word. Of ids of calls
+        only the order counts: they are no words, and another export has others."""
+        ids = [str(call.get("id")) for message in self.messages for call in message.tool_calls]
         said = [
             [
                 message.role,
                 message.text,
                 [part.text for part in message.parts if part.kind == "thinking"],
-                message.tool_calls,
-                message.tool_call_id,
+                [_call_key(call["function"]) for call in message.tool_calls],
+                ids.index(message.tool_call_id) if message.tool_call_id in ids else None,
                 *[_image_key(part.image) for part in message.parts if part.image],
             ]
             for message in self.messages
         ]
         whole = said if self.plain is None else self.plain
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).digest()
+
+
+def _call_key(function: dict[str, Any]) -> list[Any]:
+    given = function.get("arguments")  # an object, or the same as text
+    return [function["name"], json.loads(given or "{}") if isinstance(given, str) else given or {}]
 
 
 def _image_key(image: Image) -> str:
@@ -181,7 +188,9 @@ def parse_record(record: object) -> Conversation:
     messages = record.get("messages")
     if "messages" not in record:
         keys = ", ".join(f"`{key}`" for key in list(record)[:6]) or "none"
-        raise SampleFault(f"no `messages` (its keys: {keys}); convert it to OpenAI messages")
+        raise SampleFault(
+            f"no `messages` (its keys: {keys}); convert it, or name its fields in data.fields"
+        )
     if not isinstance(messages, list):
         raise SampleFault(f"`messages` is {kind_of(messages)}; it must be a list")
     if not messages:
@@ -198,7 +207,7 @@ def parse_record(record: object) -> Conversation:
 
 
 def _effort(value: object) -> Effort | None:
-    if value is None:
+    if value in (None, ""):  # tables of text write nothing so
         return None
     if value not in EFFORTS:
         raise SampleFault(
@@ -241,7 +250,9 @@ def _message(value: object, index: int) -> Message:
         known = ", ".join(f"`{name}`" for name in ROLES)
         if "role" not in value:
             raise SampleFault(f"{where}: no `role`; use {known}")
-        raise SampleFault(f"{where}: the role {short(role)} is unknown; use {known}")
+        raise SampleFault(
+            f"{where}: the role {short(role)} is unknown; use {known}, or name it in data.roles"
+        )
     where = f"{where} ({role})"
     _refuse_changed_meaning(value, role, where)
     parts = _parts(value.get("content", _MISSING), role, where)
@@ -278,12 +289,15 @@ def _refuse_changed_meaning(value: dict[str, Any], role: str, where: str) -> Non
             raise SampleFault(f"{where}: audio is not supported; give its text as content")
 
 
-_WEIGHTS = ("weight", "loss_weight", "train")
+THINKING = ("thinking", "reasoning_content", "reasoning")
+"""Keys of a message that hold its thinking."""
+WEIGHTS = ("weight", "loss_weight", "train")
+"""Keys of a message that say whether it is trained."""
 
 
 def _weight(value: dict[str, Any], role: str, where: str) -> int:
     """Whether the message is trained, by the key that says so."""
-    given = {key: value[key] for key in _WEIGHTS if value.get(key) is not None}
+    given = {key: value[key] for key in WEIGHTS if value.get(key) is not None}
     if not given:
         return 1
     for key, weight in given.items():
@@ -404,20 +418,14 @@ def _thinking_part(part: dict[str, Any], where: str) -> Part:
 
 
 def _reasoning(value: dict[str, Any], where: str) -> Part | None:
-    """The message's `reasoning_content` or `reasoning`; exports write null or "" for none."""
-    given = {
-        name: value[name]
-        for name in ("reasoning_content", "reasoning")
-        if value.get(name) not in (None, "")
-    }
-    if not given:
-        return None
-    name, thinking = next(iter(given.items()))
-    if not isinstance(thinking, str):
-        raise SampleFault(f"{where}: `{name}` is {kind_of(thinking)}; it must be text")
-    if len(given) == 2 and given["reasoning"] != thinking:
-        raise SampleFault(f"{where}: `reasoning_content` and `reasoning` differ; keep one")
-    return Part("thinking", unwrap(thinking))
+    """The thinking beside a message's content; exports write null or "" for none."""
+    given = {name: value[name] for name in THINKING if value.get(name) not in (None, "")}
+    for name, thinking in given.items():
+        if not isinstance(thinking, str):
+            raise SampleFault(f"{where}: `{name}` is {kind_of(thinking)}; it must be text")
+    if len(set(given.values())) > 1:
+        raise SampleFault(f"{where}: {' and '.join(f'`{k}`' for k in given)} differ; keep one")
+    return Part("thinking", unwrap(next(iter(given.values())))) if given else None
 
 
 def _with_thinking(parts: tuple[Part, ...], own: Part | None, where: str) -> tuple[Part, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from ms4.config_data import Format
+from ms4.data.json_text import list_of
 
 FORMATS: tuple[Format, ...] = tuple(name for name in get_args(Format) if name != "auto")
 
@@ -31,8 +32,8 @@ def format_of(record: dict[str, Any]) -> Format | None:
     if "messages" in record:
         return "messages"
     for key in ("conversations", "conversation"):
-        turns = record.get(key)
-        if isinstance(turns, list):
+        turns = list_of(record.get(key))
+        if turns is not None:
             first = next((turn for turn in turns if isinstance(turn, dict)), {})
             return "messages" if "role" in first and "from" not in first else "sharegpt"
     for keys, name in _BY_KEYS:

@@ -10,8 +10,8 @@
 | text | `text`, trained whole: continued pre-training |
 
 A record of one turn may have `thinking` (or `reasoning_content`, `reasoning`) and `system`; all may
-have `reasoning_effort`, `tools` and `images`. What data calls otherwise is renamed first
-(`data.fields`, `data.roles`): there is no further format for that.
+have `reasoning_effort`, `tools` and `images` (or one `image`). What data calls otherwise is renamed
+first (`data.fields`, `data.roles`): there is no further format for that.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from ms4.config_data import DataSection, FieldName, Format
-from ms4.data.conversation import Conversation, parse_record
+from ms4.data.conversation import THINKING, WEIGHTS, Conversation, parse_record
 from ms4.data.faults import SampleFault
 from ms4.data.format_names import FORMATS, NAMES, format_of
 from ms4.data.image_places import with_images
-from ms4.data.json_text import kind_of, parse_json, short
+from ms4.data.json_text import kind_of, list_of, parse_json, short
+from ms4.data.turn_keys import unused_in_turns
 
 Record = dict[str, Any]
 
 _LISTS = ("conversations", "conversation", "messages")
-_THINKING = ("thinking", "reasoning_content", "reasoning")
-_COMMON = {"reasoning_effort", "tools", "images"}
+_COMMON = {"reasoning_effort", "tools", "images", "image"}
 _USED: dict[Format, set[str]] = {
     "messages": _COMMON,
     "sharegpt": {"system", *_COMMON},
-    "alpaca": {"instruction", "input", "system", "history", *_THINKING, *_COMMON},
-    "prompt_completion": {"prompt", "system", *_THINKING, *_COMMON},
-    "question_answer": {"question", "system", *_THINKING, *_COMMON},
+    "alpaca": {"instruction", "input", "system", "history", *THINKING, *_COMMON},
+    "prompt_completion": {"prompt", "system", *THINKING, *_COMMON},
+    "question_answer": {"question", "system", *THINKING, *_COMMON},
     "text": {"text"},
 }
 """Keys of a record that its format reads, beside the one of several that it takes."""
@@ -153,8 +153,11 @@ def _conversation(record: Record, format: Format) -> Conversation:
     for key in ("reasoning_effort", "tools", "functions"):
         if record.get(key) is not None and key not in converted:
             converted[key] = record[key]
-    if record.get("images"):
-        converted["messages"] = with_images(converted["messages"], record["images"])
+    given = [key for key in ("images", "image") if record.get(key)]
+    if len(given) > 1:
+        raise SampleFault("`images` and `image` beside each other; keep one of them")
+    if given:
+        converted["messages"] = with_images(converted["messages"], record[given[0]])
     return parse_record(converted)
 
 
@@ -163,21 +166,33 @@ def unused_keys(record: object, reading: Reading) -> set[str]:
     if not isinstance(record, dict):
         return set()
     used = set(_USED[reading.format])
+    lists: tuple[str, ...] = ()
     if reading.format in _ANSWERS:
-        used.add(_either(record, *_ANSWERS[reading.format])[0])
+        answer = _either(record, *_ANSWERS[reading.format])[0]
+        used.add(answer)
+        lists = ("prompt", answer)
     elif reading.format != "text":
-        used.add(_list_of(record, reading.format))
+        lists = (_list_of(record, reading.format),)
+        used.update(lists)
     for field, column in reading.fields.items():
         used.discard(_RECORD_FIELDS.get(field, ""))  # what is mapped stands in its place
         used.add(column.split(".")[0])
-    return {key for key, value in record.items() if key not in used and value not in (None, "")}
+    unused = {key for key, value in record.items() if key not in used and value not in (None, "")}
+    for name in lists:
+        column = reading.fields.get("messages", name) if len(lists) == 1 else name
+        turns = _look_up(record, column)[1]
+        turns = list_of(turns) if len(lists) == 1 else turns
+        if isinstance(turns, list):
+            inside = unused_in_turns(turns, dict(reading.fields), reading.roles)
+            unused |= {f"{column}.{key}" for key in inside}
+    return unused
 
 
 def _list_of(record: Record, format: Format) -> str:
     """The key of a record's turns; the format's own if it has none."""
     if format == "sharegpt":
         return next((key for key in _LISTS if key in record), "conversations")
-    found = (key for key in _LISTS[:2] if isinstance(record.get(key), list))
+    found = (key for key in _LISTS[:2] if isinstance(record.get(key), (list, str)))
     return "messages" if "messages" in record else next(found, "messages")
 
 
@@ -196,12 +211,9 @@ def mapped_fields(record: object, reading: Reading) -> set[FieldName]:
     """Which of `data.fields` a record has. One that no record of a file has is misspelled."""
     if not isinstance(record, dict):
         return set()
-    turns = record.get(reading.fields.get("messages", "messages"))
-    turns = (
-        turns
-        if isinstance(turns, list)
-        else next((record[key] for key in _LISTS if isinstance(record.get(key), list)), [])
-    )
+    names = (reading.fields.get("messages", "messages"), *_LISTS)
+    lists = (list_of(_look_up(record, name)[1]) for name in names)
+    turns: list[Any] = next((turns for turns in lists if turns is not None), [])
     seen: set[FieldName] = set()
     for field, column in reading.fields.items():
         in_turns = any(isinstance(turn, dict) and column in turn for turn in turns)
@@ -283,13 +295,11 @@ def _keys(record: Record) -> str:
 
 def _messages(record: Record) -> Record:
     name = _list_of(record, "messages")
-    if name != "messages":
-        return {"messages": record[name]}
-    if "messages" not in record:
+    if name not in record:
         parse_record(record)  # which says what it lacks
-    messages = record["messages"]
+    messages = record[name]
     if isinstance(messages, str):  # tables hold them as text
-        messages = _parsed(messages, "messages")
+        messages = _parsed(messages, name)
     return {**record, "messages": messages}
 
 
@@ -317,7 +327,11 @@ def _sharegpt(record: Record) -> Record:
     messages: list[Record] = []
     calls: list[str] = []
     for index, turn in enumerate(turns, 1):
-        messages += _sharegpt_turn(turn, f"turn {index}", calls, len(messages))
+        made = _sharegpt_turn(turn, f"turn {index}", calls, len(messages))
+        if messages and made[0].keys() == messages[-1].keys() == {"role", "tool_calls"}:
+            messages[-1]["tool_calls"] += made[0]["tool_calls"]  # calls in a row are one turn's
+        else:
+            messages += made
     system = record.get("system")
     if system not in (None, ""):
         if messages[0].get("role") == "system":
@@ -353,11 +367,7 @@ def _sharegpt_turn(turn: object, where: str, calls: list[str], number: int) -> l
     if "value" not in turn:
         raise SampleFault(f"{where}: no `value`; add what was said")
     value = turn["value"]
-    kept = {
-        key: turn[key]
-        for key in ("weight", "loss_weight", "train", "reasoning_content", "reasoning")
-        if key in turn
-    }
+    kept = {key: turn[key] for key in (*WEIGHTS, *THINKING) if key in turn}
     if role == "function_call":
         functions = _parsed(value, f"{where}: function_call") if isinstance(value, str) else value
         functions = functions if isinstance(functions, list) else [functions]
@@ -366,10 +376,11 @@ def _sharegpt_turn(turn: object, where: str, calls: list[str], number: int) -> l
                 f'{where}: a function_call is not JSON of {{"name": ..., "arguments": ...}}; '
                 "correct it"
             )
-        calls[:] = [f"{number:06d}{at:03d}" for at in range(len(functions))]
+        names = [f"{number:06d}{len(calls) + at:03d}" for at in range(len(functions))]
+        calls += names
         tool_calls = [
             {"id": name, "type": "function", "function": function}
-            for name, function in zip(calls, functions, strict=True)
+            for name, function in zip(names, functions, strict=True)
         ]
         return [{"role": "assistant", "tool_calls": tool_calls, **kept}]
     if role == "observation":
@@ -406,7 +417,7 @@ def _one_turn(record: Record, question: Any, answer: Any, *names: str) -> Record
     if not question.strip():
         raise SampleFault(f"`{names[0]}` is empty; fill it, or remove the record")
     says: Record = {"role": "assistant", "content": answer}
-    given = [name for name in _THINKING if record.get(name) not in (None, "")]
+    given = [name for name in THINKING if record.get(name) not in (None, "")]
     if len(given) > 1:
         raise SampleFault(f"{' and '.join(f'`{n}`' for n in given)} beside each other; keep one")
     for name in (*given, *(["system"] if record.get("system") not in (None, "") else [])):

@@ -49,6 +49,16 @@ def parse_json(text: str, changed: Counter[str] | None = None) -> Any:
     return value
 
 
+def list_of(value: object) -> list[Any] | None:
+    """A list, or the one that a text holds as JSON, as tables have them; None: it is neither."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = parse_json(value)
+        except SampleFault:
+            return None
+    return value if isinstance(value, list) else None
+
+
 def without_halves(text: str) -> tuple[str, int]:
     """A text with U+FFFD for each half of a surrogate pair, as mistral-common takes it, and how
     many those were. Two halves that belong together become the character they stand for."""

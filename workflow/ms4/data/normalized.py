@@ -27,7 +27,7 @@ def changes(conversation: Conversation) -> Counter[str]:
     asked: list[str] = []
     for role, group in groupby(conversation.messages, key=lambda message: message.role):
         messages = list(group)
-        if role != "tool":
+        if role in ("user", "assistant"):
             counts["joined"] += len(messages) - 1
         for message in messages:
             texts += [part.text for part in message.parts if part.text]

@@ -32,6 +32,7 @@ _OTHER_UTF = {
     "UTF-32": (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"),
     "UTF-16": (b"\xff\xfe", b"\xfe\xff"),
 }
+_OTHER_PACKED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\x03\x04": "zip"}
 _TEXT_SUFFIXES = {".txt", ".md", ".text"}
 _TABLES = {".csv": ",", ".tsv": "\t"}
 MAX_CELLS = 1_000_000
@@ -140,6 +141,10 @@ def _file_rows(path: Path, on_bytes: Callable[[int], None]) -> Iterator[Row]:
         utf = next((name for name, marks in _OTHER_UTF.items() if head.startswith(marks)), None)
         if utf is not None:
             yield _of_file(f"{utf}; convert it to UTF-8 with `iconv -f {utf} -t UTF-8`")
+            return
+        other = next((name for mark, name in _OTHER_PACKED.items() if head.startswith(mark)), None)
+        if other is not None:
+            yield _of_file(f"compressed by {other}, which is not read; unpack it, or use gzip")
             return
         stream: IO[bytes] = file
         if head.startswith(_GZIP):
