@@ -234,6 +234,13 @@ def test_nothing_outside_is_opened(path: str, data_file: Path) -> None:
     refused(parse_image(path, "here"), data_file, "leads out of the data's directory")
 
 
+def test_which_of_several_images_is_wrong_is_told(data_file: Path) -> None:
+    one, other = Image("path", "a.png"), Image("base64", "bm8gaW1hZ2U=")
+    several = conversation(one, other, one)
+    with pytest.raises(SampleFault, match=r"^message 1 \(user\), image 2 of 3: an image is of no"):
+        resolve(several, data_file, RULES)
+
+
 def test_links_do_not_lead_outside(data_file: Path) -> None:
     home = data_file.parent
     (home / "link.png").symlink_to(home.parent / "secret.png")

@@ -228,13 +228,18 @@ def resolve(conversation: Conversation, data_file: Path, rules: ImageRules) -> C
     messages = []
     for number, message in enumerate(conversation.messages, 1):
         parts = []
+        many = sum(part.kind == "image" for part in message.parts)
         for part in message.parts:
             if part.kind == "image" and part.image is not None:
                 try:
                     raw = _read(part.image, data_file.parent, rules)
                     encoded_image(raw, MAX_SIZE)
                 except SampleFault as fault:
-                    raise SampleFault(f"message {number} ({message.role}): {fault}") from fault
+                    which = 1 + sum(done.kind == "image" for done in parts)
+                    named = f", image {which} of {many}" if many > 1 else ""
+                    raise SampleFault(
+                        f"message {number} ({message.role}){named}: {fault}"
+                    ) from fault
                 parts.append(replace(part, image=Image("bytes", raw)))
             else:
                 parts.append(part)
