@@ -228,6 +228,18 @@ def test_near_duplicates_of_held_out_samples_are_reported(
     assert "nearly the same as held-out samples: 1 sample, train.jsonl:1" in capsys.readouterr().out
 
 
+def test_near_duplicates_of_what_is_held_out_by_content_are_reported() -> None:
+    answer = "It steers into the fall, and so the wheels come back under the rider's weight. " * 3
+    write("train.jsonl", *[sample("Why?", f"{answer}{n}") for n in range(20)], sample("a", "b"))
+    run_stage(configure(holdout=0.3))
+    train = result()["train"]
+    assert 0 < train["held_out"] < 20
+    # Held-out samples may stand before or after those that they are like.
+    near = train["near_duplicates"]
+    assert near["count"] == 20 - train["held_out"]
+    assert near["first"][0]["held_out"].startswith("holdout, train.jsonl:")
+
+
 # What is trained.
 
 
