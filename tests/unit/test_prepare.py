@@ -335,6 +335,17 @@ def test_joined_messages_and_other_tags_are_told(capsys: pytest.CaptureFixture[s
     assert "thinking by other tags (2 samples): only `<think>` and `[THINK]` mean" in out
 
 
+def test_a_conversation_written_out_as_plain_text_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    texts = ("<|im_start|>user\na<|im_end|>", "### Instruction:\na", "About [INS] and users.")
+    write("train.jsonl", *({"text": text} for text in texts))
+    run_stage(configure())
+    assert result()["train"]["thinking"] == {"template text": 2}
+    told = "plain text with the marks of a chat template (2 samples): all of it is trained"
+    assert told in capsys.readouterr().out
+
+
 # Faults.
 
 

@@ -183,3 +183,18 @@ def test_one_image_beside_the_turns() -> None:
     assert read({**record, "images": []}) == read(record)
     with pytest.raises(SampleFault, match="`images` and `image` beside each other; keep one"):
         read({**record, "images": ["dog.png"]})
+
+
+# A system's prompt beside the messages.
+
+
+def test_a_system_beside_messages_is_their_first() -> None:
+    record = {"messages": [USER, ANSWER], "system": "Be brief."}
+    first = {"role": "system", "content": "Be brief."}
+    assert read(record) == parse_record({"messages": [first, USER, ANSWER]})
+    assert unused_keys(record, reading(record)) == set()
+    assert read({**record, "system": None}) == read({**record, "system": ""})
+    with pytest.raises(SampleFault, match="a `system` beside a first turn of the system; keep one"):
+        read({**record, "messages": [first, USER, ANSWER]})
+    with pytest.raises(SampleFault, match="no assistant turn"):
+        read({"messages": [], "system": "Be brief."})

@@ -35,7 +35,7 @@ Record = dict[str, Any]
 _LISTS = ("conversations", "conversation", "messages")
 _COMMON = {"reasoning_effort", "tools", "images", "image"}
 _USED: dict[Format, set[str]] = {
-    "messages": _COMMON,
+    "messages": {"system", *_COMMON},
     "sharegpt": {"system", *_COMMON},
     "alpaca": {"instruction", "input", "system", "history", *THINKING, *_COMMON},
     "prompt_completion": {"prompt", "system", *THINKING, *_COMMON},
@@ -300,7 +300,16 @@ def _messages(record: Record) -> Record:
     messages = record[name]
     if isinstance(messages, str):  # tables hold them as text
         messages = _parsed(messages, name)
-    return {**record, "messages": messages}
+    return {**record, "messages": _with_system(messages, record.get("system"))}
+
+
+def _with_system(messages: Any, system: object) -> Any:
+    """The messages, after what stands beside them as the system's."""
+    if system in (None, "") or not isinstance(messages, list):
+        return messages
+    if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+        raise SampleFault("a `system` beside a first turn of the system; keep one of them")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _parsed(text: str, name: str) -> Any:
@@ -332,12 +341,7 @@ def _sharegpt(record: Record) -> Record:
             messages[-1]["tool_calls"] += made[0]["tool_calls"]  # calls in a row are one turn's
         else:
             messages += made
-    system = record.get("system")
-    if system not in (None, ""):
-        if messages[0].get("role") == "system":
-            raise SampleFault("a `system` beside a first turn of the system; keep one of them")
-        messages.insert(0, {"role": "system", "content": system})
-    result: Record = {"messages": messages}
+    result: Record = {"messages": _with_system(messages, record.get("system"))}
     tools = record.get("tools")
     if isinstance(tools, str):
         tools = _parsed(tools, "tools") if tools.strip() else None

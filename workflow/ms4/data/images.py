@@ -31,7 +31,7 @@ import numpy.typing as npt
 from PIL import Image as Pillow
 from PIL import ImageOps, UnidentifiedImageError
 
-from ms4.data.conversation import Conversation, Image
+from ms4.data.conversation import Conversation, Image, Part
 from ms4.data.faults import SampleFault
 from ms4.errors import Ms4Error
 
@@ -227,7 +227,7 @@ def resolve(conversation: Conversation, data_file: Path, rules: ImageRules) -> C
         return conversation
     messages = []
     for number, message in enumerate(conversation.messages, 1):
-        parts = []
+        parts: list[Part] = []
         many = sum(part.kind == "image" for part in message.parts)
         for part in message.parts:
             if part.kind == "image" and part.image is not None:

@@ -15,6 +15,12 @@ from ms4.data import think_tags
 from ms4.data.conversation import Conversation, Message, Part
 from ms4.data.faults import SampleDropped, SampleFault
 
+TEMPLATE = "template text"
+"""The note of a plain text that holds a chat template's marks: a conversation written out."""
+_TEMPLATE_MARKS = (
+    "[INST]", "<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>",
+    "### Instruction:",
+)  # fmt: skip
 OTHER_TAGS = "other_tags text"
 """The note of a sample whose answers hold tags that mean thinking elsewhere."""
 
@@ -63,7 +69,8 @@ def settle(conversation: Conversation, data: DataSection) -> Settled:
         SampleDropped: the policy is to leave it out.
     """
     if conversation.plain is not None:
-        return Settled(conversation, "none")
+        written_out = any(mark in conversation.plain for mark in _TEMPLATE_MARKS)
+        return Settled(conversation, "none", (TEMPLATE,) if written_out else ())
     policies = _Policies(data)
     if conversation.has_thinking or _has_lone_end(conversation):
         conversation = _in_order(conversation, policies)

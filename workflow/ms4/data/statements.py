@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ms4.data.normalized import WORDS
-from ms4.data.reasoning import OTHER_TAGS
+from ms4.data.reasoning import OTHER_TAGS, TEMPLATE
 from ms4.data.render import count
 from ms4.data.tally import Tally
 
@@ -27,6 +27,12 @@ def statements(tally: Tally, length: int) -> list[str]:
             lines.append(
                 f"thinking by other tags ({count(number, 'sample')}): only `<think>` and `[THINK]` "
                 "mean thinking; the likes of `<thinking>` are trained as text"
+            )
+            continue
+        if note == TEMPLATE:
+            lines.append(
+                f"plain text with the marks of a chat template ({count(number, 'sample')}): all of "
+                "it is trained, and the marks as text; give the messages instead"
             )
             continue
         did = "taken as they are" if policy == "warn" else "mended"
