@@ -32,6 +32,8 @@ from tests.small_source import write
 
 from .conftest import settings
 
+pytestmark = pytest.mark.slow
+
 SYNC_BYTES = 1 << 14
 """So small that these small files are synced on the way too."""
 AT_ONCE = 4
@@ -175,7 +177,6 @@ def test_the_undisturbed_run_syncs_what_it_names(descale: Descale) -> None:
     assert {str(path.relative_to(descale.base)) for path in named} == set(descale.reference)
 
 
-@pytest.mark.slow
 def test_killed_at_every_sync_rename_and_removal(descale: Descale, tmp_path: Path) -> None:
     points = all_points(descale)
     assert len(points) > 80
@@ -193,13 +194,11 @@ def at_early_syncs(descale: Descale) -> list[Point]:
     return [Point("fdatasync", n, when) for n in numbers for when in ("before", "after")]
 
 
-@pytest.mark.slow
 def test_killed_within_writes(descale: Descale, tmp_path: Path) -> None:
     survive(descale, numbered(tmp_path / "writes", within_writes(descale, 12)))
     survive(descale, numbered(tmp_path / "syncs", at_early_syncs(descale)), killed=False)
 
 
-@pytest.mark.slow
 def test_killed_again_and_again(descale: Descale, tmp_path: Path) -> None:
     """Each run of the same base gets one rename further than the one before."""
     here = descale.in_(tmp_path / "here")
@@ -230,12 +229,10 @@ def killed_at_random(descale: Descale, root: Path, kills: int, seed: int) -> Non
     assert killed > 0
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments(descale: Descale, tmp_path: Path) -> None:
     killed_at_random(descale, tmp_path, kills=10, seed=int(time.time()))
 
 
-@pytest.mark.slow
 def test_killed_while_it_replaces_the_base_of_another_source(
     descale: Descale, sources: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -247,7 +244,6 @@ def test_killed_while_it_replaces_the_base_of_another_source(
         survive(new, [(tmp_path / str(number), Point("replace", number, "after"))])
 
 
-@pytest.mark.slow
 def test_a_run_over_a_whole_base_makes_nothing(descale: Descale, tmp_path: Path) -> None:
     here = descale.in_(tmp_path / "here")
     here.ends_right()

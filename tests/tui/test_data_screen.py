@@ -26,6 +26,8 @@ from ms4_wizard.screens.samples import SamplesScreen, coloured
 from tests.chat_reference import png
 from tests.tui.driving import VALUES, answer, drive, go_to, screen_text, until
 
+pytestmark = pytest.mark.slow
+
 
 def record(question: str, reply: str, thinking: str | None = None) -> str:
     parts: Any = reply
@@ -82,7 +84,6 @@ def test_data_is_looked_at_beside_the_screen(place: Path) -> None:
     drive(app_with_looker({**VALUES}), how)
 
 
-@pytest.mark.slow
 def test_effort_changes_what_the_data_is(place: Path) -> None:
     (place / "train.jsonl").write_text(record("a", "b") + record("c", "d", "thinking"))
 
@@ -136,7 +137,6 @@ def test_leaving_ends_the_look(place: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("key", ["escape", "enter"])
 def test_picker(place: Path, key: str) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
@@ -153,7 +153,6 @@ def test_picker(place: Path, key: str) -> None:
     drive(app_with_looker(VALUES), how)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "message"),
     [

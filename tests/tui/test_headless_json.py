@@ -10,6 +10,8 @@ import pytest
 
 from tests.tui.test_headless import LEAST, wizard
 
+pytestmark = pytest.mark.slow
+
 
 def report(place: Path, *arguments: str, typed: str = LEAST) -> tuple[int, dict[str, Any]]:
     code, out, err = wizard(place, "--answers", "-", "--json", *arguments, typed=typed)

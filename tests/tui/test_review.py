@@ -19,6 +19,8 @@ from ms4_wizard.screens.edit import EditScreen
 from ms4_wizard.screens.review import ReviewScreen
 from tests.tui.driving import VALUES, app_of, drive, plan, review, screen_text, shown, until
 
+pytestmark = pytest.mark.slow
+
 
 async def mark(pilot: Pilot[list[str]], field: str) -> None:
     """Choose an answer in the review's list, by keys."""
@@ -57,7 +59,6 @@ def test_answers_are_changed_in_place(place: Path) -> None:
     drive(app_of(VALUES), how)
 
 
-@pytest.mark.slow
 def test_what_does_not_fit_is_refused_and_mended_by_a_key(place: Path) -> None:
     values = {**VALUES, "train": {"loss_chunk": 16384, "micro_batch": 8, "checkpointing": "none"}}
 
@@ -130,7 +131,6 @@ def test_nothing_is_written_while_a_stage_is_at_work(place: Path, answers: Answe
     assert Path("project/config/config.yaml").read_bytes() != before
 
 
-@pytest.mark.slow
 def test_a_new_projects_files_are_listed(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
         await review(pilot)
@@ -219,7 +219,6 @@ def test_a_directory_with_a_damaged_note(place: Path, answers: Answers, note: st
     drive(app_of(VALUES, opened=True), how)
 
 
-@pytest.mark.slow
 def test_another_project_is_not_replaced_without_a_word(place: Path, answers: Answers) -> None:
     writing.write_from_answers(answers, Path("project"))
 
@@ -235,7 +234,6 @@ def test_another_project_is_not_replaced_without_a_word(place: Path, answers: An
     assert project.read_project(place / "project").run.device == "cuda"
 
 
-@pytest.mark.slow
 def test_after_done_answers_can_be_changed_again(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
         await review(pilot)

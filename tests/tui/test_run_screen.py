@@ -27,6 +27,8 @@ from tests.commands import CHECKOUT, wait_for
 from tests.projects import write_project
 from tests.tui import runs
 
+pytestmark = pytest.mark.slow
+
 SIZES = ((80, 24), (140, 45))
 Drive = Callable[[Pilot[Any]], Awaitable[None]]
 
@@ -151,7 +153,6 @@ def test_what_cannot_be_done_is_not_done(tmp_path: Path) -> None:
     assert told == [f"The run in {tmp_path / 'busy'}: Snakemake is gone, its job runs on."]
 
 
-@pytest.mark.slow
 def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
     """The Snakefile is empty: Snakemake itself refuses."""
     runs.project(tmp_path)
@@ -231,7 +232,6 @@ def tiny(checkpoint: Path, tmp_path: Path, demo_values: dict[str, Any]) -> Itera
         process.kill()
 
 
-@pytest.mark.slow
 def test_start_stop_go_on_leave_and_come_back(tiny: Path) -> None:
     left: list[int] = []
 

@@ -31,6 +31,8 @@ from tests.tui.driving import (
     until,
 )
 
+pytestmark = pytest.mark.slow
+
 # From the first screen to the project.
 
 
@@ -98,7 +100,6 @@ def test_from_nothing_to_a_project(place: Path) -> None:
     assert read.model_dump() == wanted.model_dump()
 
 
-@pytest.mark.slow
 def test_same_bytes_as_headless(place: Path) -> None:
     draft = None
 
@@ -118,7 +119,6 @@ def test_same_bytes_as_headless(place: Path) -> None:
 # Each screen.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.key)
 def test_screen_asks_its_questions_and_goes_back(place: Path, step: Any) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
@@ -137,7 +137,6 @@ def test_screen_asks_its_questions_and_goes_back(place: Path, step: Any) -> None
     drive(app_of(VALUES), how)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.key)
 @pytest.mark.parametrize("size", [(80, 24), (140, 45)], ids=str)
 def test_no_text_is_cut(place: Path, step: Any, size: tuple[int, int]) -> None:
@@ -170,7 +169,6 @@ def test_no_text_is_cut(place: Path, step: Any, size: tuple[int, int]) -> None:
     drive(app_of({**VALUES, "where": {"run": "slurm"}}), how, size)
 
 
-@pytest.mark.slow
 def test_going_back_loses_nothing(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
         await go_to(pilot, "adapters")
@@ -196,7 +194,6 @@ def test_going_back_loses_nothing(place: Path) -> None:
     drive(app_of(VALUES), how)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "field", "text", "message"),
     [
@@ -227,7 +224,6 @@ def test_lines_that_are_wrong(place: Path, step: str, field: str, text: str, mes
     drive(app_of(VALUES), how)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "field", "text", "message"),
     [
@@ -295,7 +291,6 @@ def test_text_that_cannot_be_typed_is_shown_and_kept(place: Path) -> None:
     assert project.read_project(place / "project").data.train == tuple(names)
 
 
-@pytest.mark.slow
 def test_thresholds_of_sets_that_are_gone_go_with_them(place: Path) -> None:
     """Otherwise the review would refuse what no screen can mend."""
     values = {**VALUES, "evaluate": {"min_exact_match": {"held": 0.5}}}
@@ -355,7 +350,6 @@ def test_mouse(place: Path) -> None:
 # Help, the palette, themes, sizes.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("key", ["question_mark", "f1"])
 def test_help_of_the_question_that_has_the_focus(place: Path, key: str) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:
@@ -463,7 +457,6 @@ def test_resize(place: Path) -> None:
 # Snapshots: `pytest tests/tui/test_screens.py --snapshot-update` after a change that is meant.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [(80, 24), (140, 45)], ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("key", ["welcome", *NUMBERS, "review", "help", "files", "edit", "done"])
 def test_snapshot(place: Path, snap_compare: Any, key: str, size: tuple[int, int]) -> None:

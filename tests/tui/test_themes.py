@@ -20,6 +20,8 @@ from ms4_wizard.watch.stages import Stage, State
 from ms4_wizard.widgets.stages import line
 from tests.tui.driving import VALUES, app_of, drive, go_to, screen_text, until
 
+pytestmark = pytest.mark.slow
+
 LEAST_CONTRAST = 4.5
 """Of text and what is behind it, as WCAG 2.1 (1.4.3) asks."""
 

@@ -19,6 +19,8 @@ from ms4_wizard.screens.welcome import WelcomeScreen
 from tests.commands import CHECKOUT
 from tests.tui.driving import VALUES, app_of, drive, screen_text, shown, until
 
+pytestmark = pytest.mark.slow
+
 
 def test_new_project(place: Path) -> None:
     async def how(pilot: Pilot[list[str]]) -> None:

@@ -10,6 +10,8 @@ import pytest
 from ms4 import config
 from ms4.cli import main
 
+pytestmark = pytest.mark.slow
+
 
 def piped(command: str, reader: str, directory: Path) -> tuple[int, str]:
     """Exit code of `COMMAND | READER`, and what it says on standard error."""

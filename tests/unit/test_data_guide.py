@@ -15,6 +15,8 @@ from ms4.config_data import DataSection, FieldName, ThinkingCase
 from ms4.data.format_names import FORMATS
 from tests.commands import CHECKOUT
 
+pytestmark = pytest.mark.slow
+
 GUIDE = (CHECKOUT / "docs/data.md").read_text(encoding="utf-8")
 
 

@@ -23,6 +23,8 @@ from ms4.data.dataset import run_stage
 from ms4.errors import Ms4Error
 from tests.unit.projects import configure, fetch, result, sample, write
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, small_tekken: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

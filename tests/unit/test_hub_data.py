@@ -17,6 +17,8 @@ import pytest
 
 from ms4.manifest import file_entry, write_manifest
 
+pytestmark = pytest.mark.slow
+
 COMMIT = "a" * 40
 BLOB = "b" * 40
 FILES = {
@@ -154,7 +156,6 @@ def test_a_hub_that_does_not_answer_is_one_fault(tekken: Path, tmp_path: Path) -
     assert f"{entry}: cannot be read on after 0 rows (" in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "entry",
     ["hub:owner/name@v2", "hub:owner/name@v1#none", "hub:owner/name/none@v1", "hub:a/b@v1"],

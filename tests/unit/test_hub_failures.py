@@ -33,6 +33,8 @@ from tests.fetching import (
 )
 from tests.hub import Fault, Hub, serve
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
@@ -53,7 +55,6 @@ def project(tmp_path: Path, server: Hub) -> Project:
 # Content that is not what the hub announced.
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
@@ -163,7 +164,6 @@ def test_impossible_repository_name(project: Project) -> None:
     assert refused(project.fetch(), "model.source", "nor a hub id (owner/name)")
 
 
-@pytest.mark.slow
 def test_private_repository(tmp_path: Path, checkpoint: Path) -> None:
     with serve({REPOSITORY: checkpoint}, token=CREDENTIAL) as hub:
         project = Project(tmp_path / "project", hub.url)
@@ -173,7 +173,6 @@ def test_private_repository(tmp_path: Path, checkpoint: Path) -> None:
         assert project.holds(checkpoint)
 
 
-@pytest.mark.slow
 def test_gated_repository(tmp_path: Path, checkpoint: Path) -> None:
     with serve({REPOSITORY: checkpoint}, token=CREDENTIAL, gated=True) as hub:
         project = Project(tmp_path / "project", hub.url)
@@ -186,7 +185,6 @@ def test_gated_repository(tmp_path: Path, checkpoint: Path) -> None:
         assert project.holds(checkpoint)
 
 
-@pytest.mark.slow
 def test_token_goes_to_the_hub_only(tmp_path: Path, checkpoint: Path) -> None:
     with serve({REPOSITORY: checkpoint}, token=CREDENTIAL, redirect=True) as hub:
         project = Project(tmp_path / "project", hub.url)
@@ -214,7 +212,6 @@ def test_impossible_token(project: Project) -> None:
     assert "hf_stray" not in result.text
 
 
-@pytest.mark.slow
 def test_storage_that_refuses_is_asked_again(tmp_path: Path, checkpoint: Path) -> None:
     """Signed addresses expire: the hub must be asked for a new one, from where the file ended."""
     with serve({REPOSITORY: checkpoint}, redirect=True) as hub:
@@ -247,7 +244,6 @@ def test_other_refusals(project: Project, server: Hub) -> None:
     assert refused(project.fetch(), "answered 451 when asked for ")
 
 
-@pytest.mark.slow
 def test_rate_limit_is_waited_for(project: Project, server: Hub, checkpoint: Path) -> None:
     server.faults += [
         Fault("/api/*", times=1, status=429, headers={"Retry-After": "1"}),
@@ -262,7 +258,6 @@ def test_rate_limit_is_waited_for(project: Project, server: Hub, checkpoint: Pat
         assert after - limited >= 1
 
 
-@pytest.mark.slow
 def test_rate_limit_is_not_waited_for_endlessly(project: Project, server: Hub) -> None:
     server.faults.append(Fault("/api/*", status=429, headers={"Retry-After": "0"}))
     assert refused(project.fetch(), "limits the rate of requests (429)", "Run again later")
@@ -272,7 +267,6 @@ def test_rate_limit_is_not_waited_for_endlessly(project: Project, server: Hub) -
     assert len(server.requests) == 5
 
 
-@pytest.mark.slow
 def test_passing_server_errors(project: Project, server: Hub, checkpoint: Path) -> None:
     server.faults += [
         Fault("/api/*", times=1, status=503),
@@ -283,7 +277,6 @@ def test_passing_server_errors(project: Project, server: Hub, checkpoint: Path) 
     assert project.holds(checkpoint)
 
 
-@pytest.mark.slow
 def test_lasting_failures(tmp_path: Path, checkpoint: Path) -> None:
     """Each is retried for some seconds, so they run at the same time."""
     with serve({REPOSITORY: checkpoint}) as hub, socket.socket() as unused:
@@ -322,7 +315,6 @@ def test_lasting_failures(tmp_path: Path, checkpoint: Path) -> None:
         assert hub.ranges(BIG) == [None, "bytes=40-"]  # four tries of ten bytes each
 
 
-@pytest.mark.slow
 def test_no_hub_at_the_address(project: Project, server: Hub) -> None:
     server.faults.append(Fault("/api/*", status=200, body=b"<html>Please log in to this network"))
     assert refused(project.fetch(), "does not answer as a hub does", "HF_ENDPOINT")
@@ -349,7 +341,6 @@ def test_password_in_endpoint_is_not_shown(project: Project, server: Hub) -> Non
 # Offline.
 
 
-@pytest.mark.slow
 def test_offline(project: Project, server: Hub, checkpoint: Path) -> None:
     assert refused(project.fetch(HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE is set", "main branch")
     assert not server.requests

@@ -64,6 +64,7 @@ def test_a_trickle_that_lasts_is_an_error(server: Hub, tmp_path: Path) -> None:
     assert server.ranges(BIG)[-1] == f"bytes={kept}-"
 
 
+@pytest.mark.slow
 def test_a_slow_line_is_no_trickle(server: Hub, tmp_path: Path) -> None:
     server.pace = 20_000
     fetch("tekken.json", tmp_path / "here")

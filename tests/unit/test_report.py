@@ -16,6 +16,8 @@ from ms4 import cli, config, manifest
 from ms4.errors import Ms4Error
 from ms4.report import card, figures, record, table
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "<script>alert(1)</script> | a `b` *c* ```\n---\n| --- | & \"q\" 'x' [l](http://e.x)"
 SCORES = {
     ("seal", "none"): ((8.04, 0.0, 0.42), (0.006, 0.99, 1.0)),
