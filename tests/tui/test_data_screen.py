@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from textual import events
 from textual.pilot import Pilot
 from textual.widgets import TextArea
 
@@ -263,6 +264,27 @@ def test_what_is_typed_meanwhile_stays(place: Path, step: str, field: str, old: 
         await pilot.press("1")
         await pilot.pause()
         assert flow.draft.get(field) in (["new1"], 61, "61")
+
+    drive(app_with_looker(VALUES), how)
+
+
+@pytest.mark.parametrize(("step", "field"), [("data", "data.train"), ("adapters", "adapters.rank")])
+def test_keys_edit_in_their_order(place: Path, step: str, field: str) -> None:
+    """However fast they come: all stand in the queue before the first is taken."""
+
+    async def how(pilot: Pilot[list[str]]) -> None:
+        await go_to(pilot, step)
+        control: Any = answer(pilot, field).control
+        control.focus()
+        await pilot.pause()
+        flow = pilot.app.flow  # type: ignore[attr-defined]
+        keys = ["end", *["backspace"] * 20, *"12", "left", "3", "backspace", "delete", *"4"]
+        for key in keys[:1]:
+            await pilot.press(key)
+        for key in keys[1:]:
+            pilot.app.post_message(events.Key(key, key if len(key) == 1 else None))
+        await pilot.pause()
+        await until(pilot, lambda: flow.draft.text(answer(pilot, field).question) == "14")
 
     drive(app_with_looker(VALUES), how)
 

@@ -23,6 +23,31 @@ class HelpWanted(Message):
     """`?` where it cannot be part of an answer."""
 
 
+_EDITS = {
+    "backspace": "delete_left",
+    "delete": "delete_right",
+    "left": "cursor_left",
+    "right": "cursor_right",
+}
+
+
+async def _edit_in_turn(control: Widget, event: events.Key) -> None:
+    """Let a key that edits do so at once. As a binding it would go round through the app first, and
+    a letter that is typed right behind it would come before it."""
+    if event.key in _EDITS:
+        event.stop()
+        event.prevent_default()
+        await control.run_action(_EDITS[event.key])
+
+
+class AnswerLines(TextArea):
+    """Several lines of text."""
+
+    async def on_key(self, event: events.Key) -> None:
+        """Edit in the order of the keys."""
+        await _edit_in_turn(self, event)
+
+
 class AnswerInput(Input):
     """A line of text; `?` asks for help where an answer cannot hold it: in a number, and where
     nothing is typed yet."""
@@ -32,11 +57,13 @@ class AnswerInput(Input):
         self._number = number
 
     async def on_key(self, event: events.Key) -> None:
-        """Take `?` before it is typed."""
+        """Take `?` before it is typed, and edit in the order of the keys."""
         if event.character == "?" and (self._number or not self.value):
             event.stop()
             event.prevent_default()
             self.post_message(HelpWanted())
+        else:
+            await _edit_in_turn(self, event)
 
 
 class Answer(Vertical):
@@ -89,7 +116,7 @@ class Answer(Vertical):
         value: Any = draft.get(question.field)
         if question.form in LINES:
             text = printable(draft.text(question))
-            return TextArea(text, tab_behavior="focus", compact=True)
+            return AnswerLines(text, tab_behavior="focus", compact=True)
         if question.form == "choice":
             return Choices(question.choices, [value], several=False)
         if question.form == "several":
