@@ -237,12 +237,12 @@ def test_data_that_is_not_there_is_told_beside_the_question(place: Path) -> None
 )
 def test_what_is_typed_meanwhile_stays(place: Path, step: str, field: str, old: str) -> None:
     """A control is ahead of the draft by the keys whose messages are on their way."""
+    app = app_with_looker(VALUES)
 
     async def how(pilot: Pilot[list[str]]) -> None:
         await go_to(pilot, step)
         control: Any = answer(pilot, field).control
         screen: Any = pilot.app.screen
-        flow = pilot.app.flow  # type: ignore[attr-defined]
         for number in range(3):
             if isinstance(control, TextArea):
                 control.text = f"{number}{old}"
@@ -256,37 +256,35 @@ def test_what_is_typed_meanwhile_stays(place: Path, step: str, field: str, old: 
             screen.answers_changed()  # by a look at the data that ended, say
             assert wanted == (control.text if isinstance(control, TextArea) else control.value)
             await pilot.pause()
-            assert flow.draft.text(answer(pilot, field).question) == wanted
+            assert app.flow.draft.text(answer(pilot, field).question) == wanted
         # What is changed elsewhere is shown, and typing goes on behind it.
-        flow.draft.set(field, ["new"] if isinstance(control, TextArea) else 6)
+        app.flow.draft.set(field, ["new"] if isinstance(control, TextArea) else 6)
         screen.answers_changed()
         control.focus()
         await pilot.press("1")
         await pilot.pause()
-        assert flow.draft.get(field) in (["new1"], 61, "61")
+        assert app.flow.draft.get(field) in (["new1"], 61, "61")
 
-    drive(app_with_looker(VALUES), how)
+    drive(app, how)
 
 
 @pytest.mark.parametrize(("step", "field"), [("data", "data.train"), ("adapters", "adapters.rank")])
 def test_keys_edit_in_their_order(place: Path, step: str, field: str) -> None:
     """However fast they come: all stand in the queue before the first is taken."""
+    app = app_with_looker(VALUES)
 
     async def how(pilot: Pilot[list[str]]) -> None:
         await go_to(pilot, step)
         control: Any = answer(pilot, field).control
         control.focus()
         await pilot.pause()
-        flow = pilot.app.flow  # type: ignore[attr-defined]
-        keys = ["end", *["backspace"] * 20, *"12", "left", "3", "backspace", "delete", *"4"]
-        for key in keys[:1]:
-            await pilot.press(key)
-        for key in keys[1:]:
+        await pilot.press("end")
+        for key in [*["backspace"] * 20, *"12", "left", "3", "backspace", "delete", *"4"]:
             pilot.app.post_message(events.Key(key, key if len(key) == 1 else None))
         await pilot.pause()
-        await until(pilot, lambda: flow.draft.text(answer(pilot, field).question) == "14")
+        await until(pilot, lambda: app.flow.draft.text(answer(pilot, field).question) == "14")
 
-    drive(app_with_looker(VALUES), how)
+    drive(app, how)
 
 
 def test_why_the_data_is_not_looked_at(place: Path) -> None:

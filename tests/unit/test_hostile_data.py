@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 
 from ms4 import cli
 from ms4.data.dataset import run_stage
 from ms4.errors import Ms4Error
+from tests.unit.damaged import damaged_parquet
 from tests.unit.projects import configure, fetch, result, sample, write
 
 pytestmark = pytest.mark.slow
@@ -49,12 +49,7 @@ def _cut_zstandard(path: Path, items: list[Any]) -> None:
 
 
 def _damaged_parquet(path: Path, items: list[Any]) -> None:
-    pq.write_table(pa.Table.from_pylist(items), path, row_group_size=300, compression="gzip")
-    column = pq.ParquetFile(path).metadata.row_group(2).column(0)
-    start = column.dictionary_page_offset or column.data_page_offset
-    data = bytearray(path.read_bytes())
-    data[start : start + 30] = b"\xff" * 30
-    path.write_bytes(data)
+    damaged_parquet(path, items, 300)
 
 
 def _cut_arrow(path: Path, items: list[Any]) -> None:

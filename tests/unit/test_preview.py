@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import os
 import pty
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,6 +24,7 @@ from ms4.data.histogram import by_fill, by_length, histogram
 from ms4.data.packing import pack
 from tests.chat_reference import png
 from tests.examples import examples
+from tests.unit.damaged import damaged_parquet
 from tests.unit.projects import sample, write
 
 
@@ -370,13 +368,7 @@ def test_without_a_checkpoint_and_without_torch() -> None:
 def test_what_a_damaged_file_has_lost_is_counted(data: Any) -> None:
     write("cut.json", "[" + json.dumps(sample("a", "b")) + ",\n{}")
     texts = [{"text": str(number) * 50} for number in range(400)]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(texts), sink, row_group_size=100, compression="gzip")
-    table = bytearray(sink.getvalue())
-    damaged = pq.ParquetFile(io.BytesIO(bytes(table))).metadata.row_group(2).column(0)
-    start = damaged.dictionary_page_offset or damaged.data_page_offset
-    table[start : start + 30] = b"\xff" * 30
-    Path("damaged.parquet").write_bytes(table)
+    damaged_parquet(Path("damaged.parquet"), texts, 100)
     code, out, _ = data("--json", "cut.json", "damaged.parquet")
     assert code == 0
     found = json.loads(out)

@@ -24,10 +24,11 @@ from hypothesis import strategies as st
 
 from ms4.data import json_stream
 from ms4.data.faults import SampleFault
-from ms4.data.readers import Row, parse_row, read_rows
+from ms4.data.readers import MAX_CELLS, Row, parse_row, read_rows
 from ms4.data.sources import Source, expand, local_files
 from ms4.errors import Ms4Error
 from tests.examples import examples
+from tests.unit.damaged import damaged_parquet
 
 Record = dict[str, Any]
 
@@ -261,13 +262,8 @@ def test_compressed_data_that_is_cut_off(name: str, tmp_path: Path) -> None:
 
 def test_a_parquet_file_with_a_damaged_part_counts_what_is_lost(tmp_path: Path) -> None:
     items = [{"a": str(n) * 50} for n in range(400)]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(items), sink, row_group_size=100, compression="gzip")
-    data = bytearray(sink.getvalue())
-    middle = pq.ParquetFile(io.BytesIO(bytes(data))).metadata.row_group(2).column(0)
-    start = middle.dictionary_page_offset or middle.data_page_offset
-    data[start : start + 30] = b"\xff" * 30
-    found = rows(write(tmp_path / "a.parquet", bytes(data)))
+    damaged_parquet(tmp_path / "a.parquet", items, 100)
+    found = rows(tmp_path / "a.parquet")
     assert found[-1].fault is not None
     assert "cannot be read on as a table" in found[-1].fault
     assert sum(row.records for row in found) == 400
@@ -304,11 +300,14 @@ def test_a_record_without_end_does_not_fill_the_memory(
     assert found[0][1].startswith("a row of more than 0 MiB: the file is broken; ")
     whole = "".join(f'{n},"{"x" * 300}\n{"y" * 300}"\n' for n in range(5))
     assert [row.fault for row in rows(write(tmp_path / "a.csv", "a,b\n" + whole))] == [None] * 5
-    monkeypatch.setattr("ms4.data.readers.MAX_CELLS", 100)
-    path = write(tmp_path / "a.csv", "a,b\n1,2\n" + "," * 101 + "\n1,2\n")
-    assert faults(path) == [(3, "a row of more than 100 cells: the file is broken; correct it")]
     path = write(tmp_path / "a.txt", "x" * 2000)
     assert faults(path)[0][1].startswith("a text of more than")
+
+
+def test_a_row_of_too_many_cells_is_not_split(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "a,b\n1,2\n" + "," * (MAX_CELLS + 1) + "\n1,2\n")
+    told = "a row of more than 1,000,000 cells: the file is broken; correct it"
+    assert faults(path) == [(3, told)]
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1 << 20])

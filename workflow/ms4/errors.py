@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""What writing ends with where there is no room, or no disk any more."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What writing, and nothing else, ends with where there is no room."""
 
 
 class Ms4Error(Exception):

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from ms4 import resume
+from ms4.cli import CONFIG
 from ms4.errors import Ms4Error
 from ms4_wizard.watch.stages import LAUNCHED, Snapshot
 
@@ -26,7 +27,7 @@ def check_project(root: Path) -> None:
     Raises:
         Ms4Error: it does not.
     """
-    for name in ("Snakefile", "config/config.yaml"):
+    for name in ("Snakefile", str(CONFIG)):
         if not (root / name).is_file():
             raise Ms4Error(
                 f"{root}: not a project, it has no {name}. Name a directory that ms4-wizard wrote."

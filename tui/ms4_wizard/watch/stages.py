@@ -13,6 +13,7 @@ from typing import Any, Literal
 import psutil
 
 from ms4 import config, lock
+from ms4.cli import CONFIG
 from ms4.config import STAGES
 from ms4.errors import Ms4Error
 from ms4.manifest import WEIGHTS
@@ -33,7 +34,6 @@ OUTPUTS: Mapping[str, Path] = {
 }
 """What each stage leaves when it is done."""
 
-CONFIG = Path("config/config.yaml")
 LAUNCHED = Path("logs/snakemake.log")
 """What the Snakemake that was started from here prints."""
 
